@@ -1,0 +1,31 @@
+"""Measure a task's feature constants: x0 of every feature, and the forget loss of a model that never saw F."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from unlearn_gym.errors import SettingsError
+from unlearn_gym.run import FEATURES, UnlearningRun
+from unlearn_gym.tasks import FeatureConstants, Task, TaskData
+
+MIN_BATCHES = 64
+
+
+def calibrate(
+    task: Task, data: TaskData, *, num_batches: int = 256, seed: int = 0, command: str = ""
+) -> FeatureConstants:
+    """Means over ``num_batches`` measured batches of the pretrained model at λ = 0.5, factors (1, 1).
+
+    Raises ``SettingsError`` for fewer than 64 batches: one batch alone varies by its own size.
+    """
+    if num_batches < MIN_BATCHES:
+        raise SettingsError(f"num_batches={num_batches} must be at least {MIN_BATCHES}")
+    settings = task.settings.override(dataset_factors="none")
+    alphas_cumprod = task.schedule.alphas_cumprod()
+    run = UnlearningRun(task.pretrained_model(), data, alphas_cumprod, settings, seed)
+    terms = [run.measure(0.5) for _ in range(num_batches)]
+    oracle = UnlearningRun(task.oracle_model(), data, alphas_cumprod, settings, seed)
+    means = {name: float(np.mean([getattr(t, name) for t in terms])) for name in FEATURES}
+    return FeatureConstants(
+        **means, unseen_forget_loss=oracle.probe_losses()[0], num_batches=num_batches, command=command
+    )

@@ -1,0 +1,268 @@
+"""``unlearn-gym``: the command line."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+Threads = Annotated[int | None, tyro.conf.arg(help="torch threads; default: torch's own choice")]
+DataRoot = Annotated[
+    Path | None,
+    tyro.conf.arg(help="folder with torchvision's data; default: $UNLEARN_GYM_DATA_ROOT, else the shipped part"),
+]
+
+
+def _command() -> str:
+    """This invocation, as it goes into a manifest."""
+    return shlex.join(["unlearn-gym", *sys.argv[1:]])
+
+
+def _progress(description: str) -> Callable[[int, int, float], None]:
+    """A bar for trainings: call it with (done, total, loss)."""
+    from tqdm import tqdm
+
+    bar = tqdm(desc=description, unit="update", mininterval=1.0)
+
+    def update(done: int, total: int, loss: float) -> None:
+        bar.total, bar.n = total, done
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        bar.refresh()
+
+    return update
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _required_root(data_root: Path | None) -> Path:
+    from unlearn_gym.errors import DataError
+    from unlearn_gym.tasks import DATA_ROOT_VARIABLE, resolve_data_root
+
+    root = resolve_data_root(data_root)
+    if root is None:
+        raise DataError(f"this command needs the full data: give --data-root or set {DATA_ROOT_VARIABLE}")
+    return root
+
+
+def pretrain(
+    task: str = "mnist-trousers",
+    retain_only: bool = False,
+    updates: int = 6000,
+    batch_size: int = 128,
+    seed: int = 0,
+    data_root: DataRoot = None,
+    download: bool = False,
+    out: Path | None = None,
+    threads: Threads = None,
+) -> None:
+    """Train a task's model on R ∪ F, or with --retain-only its oracle on R; resumes in the same --out."""
+    from unlearn_gym.pretraining import PretrainSettings
+    from unlearn_gym.pretraining import pretrain as train
+    from unlearn_gym.tasks import get_task, load_data
+
+    _set_threads(threads)
+    chosen = get_task(task)
+    settings = PretrainSettings(updates=updates, batch_size=batch_size, seed=seed)
+    data = load_data(chosen, data_root, download=download)
+    name = "oracle" if retain_only else "pretrained"
+    folder = out or Path("runs/pretrain") / task
+    manifest = train(
+        chosen, data, settings, folder, retain_only=retain_only, command=_command(),
+        progress=_progress(f"{task} {name}"),
+    )  # fmt: skip
+    figures = ", ".join(f"{k} {v:.4f}" for k, v in manifest["figures"].items())
+    print(f"\n{folder / name}.safetensors: {figures}")
+
+
+def train_classifier(
+    data_root: DataRoot = None,
+    out: Path = Path("runs/classifier"),
+    updates: int = 2000,
+    seed: int = 0,
+    download: bool = False,
+    threads: Threads = None,
+) -> None:
+    """Train the digit-and-garment classifier that judges samples."""
+    from unlearn_gym.train_classifier import train_classifier as train
+
+    _set_threads(threads)
+    manifest = train(
+        _required_root(data_root), out, updates=updates, seed=seed, download=download,
+        command=_command(), progress=_progress("classifier"),
+    )  # fmt: skip
+    print()
+    for key, value in manifest["figures"].items():
+        print(f"{key:28s} {value:.4f}")
+
+
+def build_data(data_root: DataRoot = None, out: Path = Path("runs/data.npz"), download: bool = False) -> None:
+    """Choose the images that ship with mnist-trousers from the full data sets (seeded)."""
+    from unlearn_gym.tasks.mnist import build_archive
+
+    print(f"{out}: sha256 {build_archive(out, _required_root(data_root), download=download)}")
+
+
+def calibrate(
+    task: str = "mnist-trousers",
+    num_batches: int = 256,
+    data_root: DataRoot = None,
+    out: Path | None = None,
+    threads: Threads = None,
+) -> None:
+    """Measure the feature constants of a task; writes constants.json beside the task's weights."""
+    from unlearn_gym.calibration import calibrate as measure
+    from unlearn_gym.tasks import get_task, load_data
+
+    _set_threads(threads)
+    chosen = get_task(task)
+    constants = measure(chosen, load_data(chosen, data_root), num_batches=num_batches, command=_command())
+    path = (out or chosen.assets) / "constants.json"
+    path.write_text(constants.model_dump_json(indent=2) + "\n")
+    print(f"{path}: {constants.model_dump_json()}")
+
+
+def networks(data_root: DataRoot = None, out: Path = Path("runs/networks"), threads: Threads = None) -> None:
+    """Train a few candidate networks briefly and print sample quality against step cost; resumes."""
+    from unlearn_gym.network_table import network_table
+    from unlearn_gym.tasks import get_task, load_data
+
+    _set_threads(threads)
+    data = load_data(get_task("mnist-trousers"), data_root)
+    path = network_table(data, out, command=_command())
+    print(path.read_text())
+
+
+def compare(
+    task: str = "mnist-trousers",
+    policies: tuple[str, ...] = (),
+    seeds: int = 3,
+    first_seed: int = 0,
+    jobs: int = 1,
+    out: Path = Path("runs/compare"),
+    forget_samples: int = 500,
+    quality_samples: int = 500,
+    option: Annotated[tuple[str, ...], tyro.conf.arg(help="settings as name=value, e.g. horizon=100")] = (),
+    data_root: DataRoot = None,
+) -> None:
+    """Run every policy on the same seeds and batches, evaluate the final models, write a report; resumes."""
+    from unlearn_gym.evaluation.comparison import DEFAULT_POLICIES, Comparison, run_comparison
+    from unlearn_gym.evaluation.metrics import EvaluationSettings
+    from unlearn_gym.evaluation.report import write_report
+    from unlearn_gym.tasks import resolve_data_root
+
+    root = resolve_data_root(data_root)
+    comparison = Comparison(
+        task=task,
+        policies=policies or DEFAULT_POLICIES,
+        seeds=tuple(range(first_seed, first_seed + seeds)),
+        options=dict(_parse_option(o) for o in option),
+        evaluation=EvaluationSettings(forget_samples, quality_samples),
+        data_root=None if root is None else str(root.resolve()),
+    )
+    results = run_comparison(comparison, out, jobs=jobs, command=_command(), progress=_cell_progress())
+    path = write_report(results, out)
+    _print_tables(results)
+    print(f"report: {path}\npictures: {out}/*.png\nraw values: {out}/results.json\ncurves: tensorboard --logdir {out}")
+
+
+def report(folder: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Write the tables and pictures of a comparison again from its results.json."""
+    from unlearn_gym.evaluation.comparison import load_results
+    from unlearn_gym.evaluation.report import write_report
+
+    results = load_results(folder)
+    print(write_report(results, folder))
+    _print_tables(results)
+
+
+def _parse_option(text: str) -> tuple[str, Any]:
+    """``name=value``, with the value as JSON where it is JSON."""
+    import json
+
+    from unlearn_gym.errors import SettingsError
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise SettingsError(f"option {text!r} must be name=value, as in horizon=100")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _cell_progress() -> Callable[[dict[str, Any], int, int], None]:
+    """A bar over the cells of a comparison, with a line for each finished one."""
+    from tqdm import tqdm
+
+    bar = tqdm(desc="comparison", unit="run", smoothing=0)
+
+    def update(cell: dict[str, Any], done: int, total: int) -> None:
+        figures = "  ".join(f"{k} {v:.4g}" for k, v in cell["metrics"].items()) or "diverged"
+        bar.write(f"{cell['policy']:28s} seed {cell['seed']}  {figures}")
+        bar.total, bar.n = total, done
+        bar.refresh()
+
+    return update
+
+
+def _print_tables(results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from unlearn_gym.evaluation.report import paired_rows, summary_rows, verdict
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for title, (header, rows) in (("results", summary_rows(results)), ("paired", paired_rows(results))):
+        if rows:
+            table = Table(*header, title=f"{results['comparison']['task']}: {title}")
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+    for line in verdict(results):
+        console.print(line.replace("**", ""), highlight=False)
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "compare": compare,
+    "report": report,
+    "pretrain": pretrain,
+    "train-classifier": train_classifier,
+    "build-data": build_data,
+    "calibrate": calibrate,
+    "networks": networks,
+}
+
+
+def main() -> None:
+    """Entry point: a known error becomes one line on stderr and exit status 2."""
+    from pydantic import ValidationError
+
+    from unlearn_gym.errors import UnlearnGymError
+    from unlearn_gym.settings import describe_validation_error
+
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="unlearn-gym")
+    except UnlearnGymError as error:
+        sys.exit(_fail(str(error)))
+    except ValidationError as error:
+        sys.exit(_fail(describe_validation_error(error)))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted; the same command resumes", status=130))
+
+
+def _fail(message: str, status: int = 2) -> int:
+    print(f"unlearn-gym: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Noise schedule, forward process and sampler of a DDPM.
+
+Shapes: samples ``(B, *S)`` with ``S = (C, H, W)`` for images in [-1, 1] or ``(D,)`` for points;
+``timesteps (B,)`` are integers in ``0..T-1``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+Predictor = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""``(x_t, timesteps, labels or None) -> epsilon_pred``, all with the batch in front."""
+
+
+class ScheduleConfig(BaseModel):
+    """Linear β schedule of Ho et al. (2020), eq. 1 and section 4."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_train_timesteps: int = Field(1000, ge=2)
+    beta_start: float = Field(1e-4, gt=0, lt=1)
+    beta_end: float = Field(0.02, gt=0, lt=1)
+
+    def alphas_cumprod(self, device: str | torch.device = "cpu") -> Tensor:
+        """ᾱ_t as float32 ``(T,)``, decreasing in (0, 1); accumulated in float64."""
+        betas = torch.linspace(self.beta_start, self.beta_end, self.num_train_timesteps, dtype=torch.float64)
+        return torch.cumprod(1.0 - betas, dim=0).to(device=device, dtype=torch.float32)
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """View ``values (B,)`` so that it broadcasts over the trailing dimensions of ``like (B, *S)``."""
+    return values.view(-1, *(1,) * (like.dim() - 1))
+
+
+def q_sample(x_start: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """``x_t = √ᾱ_t x_start + √(1-ᾱ_t) noise``; Ho et al. (2020), eq. 4."""
+    alpha_bar = per_sample(alphas_cumprod[timesteps], x_start)
+    return alpha_bar.sqrt() * x_start + (1.0 - alpha_bar).sqrt() * noise
+
+
+def inference_timesteps(num_train_timesteps: int, num_inference_steps: int) -> list[int]:
+    """Evenly spaced timesteps from T-1 down to 0, both included."""
+    if not 2 <= num_inference_steps <= num_train_timesteps:
+        raise ValueError(f"num_inference_steps={num_inference_steps} must lie in 2..{num_train_timesteps}")
+    steps = torch.linspace(num_train_timesteps - 1, 0, num_inference_steps, dtype=torch.float64)
+    return [int(t) for t in steps.round()]
+
+
+@torch.no_grad()
+def sample(
+    predict: Predictor,
+    noise: Tensor,
+    alphas_cumprod: Tensor,
+    *,
+    labels: Tensor | None = None,
+    num_inference_steps: int = 20,
+    order: int = 2,
+    clip: float | None = 1.0,
+) -> Tensor:
+    """Deterministic sampling from ``noise (B, *S)``: the same noise gives the same samples.
+
+    DPM-Solver++(2M), Lu et al. (2022), algorithm 2, with λ = log(√ᾱ / √(1-ᾱ)); ``order=1`` is DDIM
+    with η = 0. ``clip`` bounds the predicted ``x_0`` (None for data that is not an image).
+    Returns the samples ``(B, *S)``.
+    """
+    schedule = inference_timesteps(len(alphas_cumprod), num_inference_steps)
+    alpha_bars = alphas_cumprod.double()[schedule].cpu()
+    alphas, sigmas = alpha_bars.sqrt(), (1.0 - alpha_bars).sqrt()
+    log_snrs = torch.log(alphas / sigmas)
+    x, previous_x0, previous_h = noise, None, 0.0
+    for i, t in enumerate(schedule):
+        alpha, sigma = float(alphas[i]), float(sigmas[i])
+        timesteps = torch.full((len(x),), t, device=x.device)
+        x0 = (x - sigma * predict(x, timesteps, labels)) / alpha
+        if clip is not None:
+            x0 = x0.clamp(-clip, clip)
+        if i + 1 == len(schedule):
+            return x0
+        h = float(log_snrs[i + 1] - log_snrs[i])
+        direction = x0
+        if order == 2 and previous_x0 is not None:
+            direction = x0 + (x0 - previous_x0) * (h / previous_h / 2)
+        next_alpha, next_sigma = float(alphas[i + 1]), float(sigmas[i + 1])
+        x = (next_sigma / sigma) * x + next_alpha * -float(torch.expm1(torch.tensor(-h))) * direction
+        previous_x0, previous_h = x0, h
+    return x
+
+
+@torch.no_grad()
+def grid_loss(
+    predict: Predictor,
+    x_start: Tensor,
+    alphas_cumprod: Tensor,
+    *,
+    labels: Tensor | None = None,
+    generator: torch.Generator,
+    num_timesteps: int = 10,
+    batch_size: int = 512,
+) -> Tensor:
+    """Noise-prediction loss on a fixed grid: every sample at every of ``num_timesteps`` midpoints.
+
+    The noise comes from ``generator``, so two models given equally seeded generators are compared
+    on the same grid. Returns ``(num_timesteps, B)``: the mean over pixels of ``(ε_θ - ε)²``.
+    """
+    spacing = len(alphas_cumprod) / num_timesteps
+    rows = []
+    for k in range(num_timesteps):
+        t = int((k + 0.5) * spacing)
+        losses = []
+        for start in range(0, len(x_start), batch_size):
+            x = x_start[start : start + batch_size]
+            noise = torch.randn(x.shape, generator=generator, device=x.device)
+            timesteps = torch.full((len(x),), t, device=x.device)
+            batch_labels = None if labels is None else labels[start : start + batch_size]
+            pred = predict(q_sample(x, noise, timesteps, alphas_cumprod), timesteps, batch_labels)
+            losses.append((pred - noise).square().flatten(1).mean(1))
+        rows.append(torch.cat(losses))
+    return torch.stack(rows)

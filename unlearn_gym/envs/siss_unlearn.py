@@ -1,0 +1,227 @@
+"""``SISSUnlearn-v0``: choose λ for every update of a live unlearning run."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from unlearn_gym.errors import ActionError, SettingsError
+from unlearn_gym.run import FEATURES, Snapshot, StepTerms, UnlearningRun
+from unlearn_gym.tasks import get_task, load_data
+
+FEATURE_CLIP = 5.0
+ACTION_TOLERANCE = 1e-6
+
+
+class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
+    r"""Unlearn data from a diffusion model, one optimizer update a step, by choosing λ.
+
+    ## Description
+    A diffusion model has been trained on D = R ∪ F. Every step makes one real optimizer update of it with
+    the SISS loss (Alberti et al., ICLR 2025), which draws noisy samples from a mixture of a retain
+    and a forget sample. The agent chooses the mixture's weight λ. The formulation is that of
+    arXiv 2512.01054, section 5.3. ``env.unwrapped.run`` is the live :class:`unlearn_gym.run.UnlearningRun`.
+
+    ## Action Space
+    ``Box(lambda_min, lambda_max, (1,), float32)``: λ, the probability of drawing the forget sample; by
+    default in [0.1, 0.9]. For agents that want [-1, 1], wrap the environment in
+    ``gymnasium.wrappers.RescaleAction(env, -1, 1)``.
+
+    ## Observation Space
+    ``Box(float32, (6,))``:
+
+    | Index | Observation | Min | Max |
+    |---|---|---|---|
+    | 0 | retain loss L_retain | -5 | 5 |
+    | 1 | forget loss L_forget | -5 | 5 |
+    | 2 | norm of the retain gradient | -5 | 5 |
+    | 3 | norm of the forget gradient | -5 | 5 |
+    | 4 | λ of the previous step | lambda_min | lambda_max |
+    | 5 | progress t / horizon | 0 | 1 |
+
+    Entries 0 to 3 are log(x / x0) clipped to ±5, with x0 measured once for the task at λ = 0.5;
+    with ``normalize_features=False`` they are the raw values, in [0, ∞). They are what the previous update
+    measured (with ``features="fresh"``: unweighted terms of a new batch, at about twice the cost).
+
+    ## Rewards
+    ``reward="siss"``: ``-L_SISS(λ_t) - smoothness_coef (λ_t - λ_{t-1})²``, as the paper has it. At
+    fixed weights its expectation does not depend on λ. ``reward="potential"``: the difference of
+    ``Φ = (min(f, cap) - f0)/(cap - f0) - w max(0, r/r0 - 1)``, with f and r the forget and held-out
+    retain loss on a fixed probe set, f0 and r0 their start values and cap the forget loss of a
+    model that never saw the forget data; less the same smoothness penalty. ``info["reward_terms"]``
+    holds each term.
+
+    ## Starting State
+    The pretrained weights, a new optimizer, λ_{t-1} = ``lambda_init`` and t = 0; the features come from
+    one measured batch. ``reset(seed=)`` fixes every random draw of the episode; the update batches
+    of a seed do not depend on the actions.
+
+    ## Episode End
+    Terminated after ``horizon`` steps: the horizon is part of the observation. Terminated at once
+    when a loss or parameter is not finite, with ``info["diverged"] = True`` and the reward
+    ``-divergence_penalty``. Never truncated.
+
+    ## Arguments
+    ``task``: a registered task's name. ``render_mode``: None or ``"rgb_array"``. ``data_root``: folder with
+    torchvision's MNIST, else the environment variable ``UNLEARN_GYM_DATA_ROOT``, else the shipped
+    subset. ``download``: let torchvision fill that folder. Every field of
+    :class:`unlearn_gym.settings.RunSettings` replaces the task's default:
+    ``gym.make("SISSUnlearn-v0", task="gaussians-2d", horizon=100, learning_rate=1e-4)``. Raises
+    ``TaskError``, ``SettingsError``, ``DataError`` or ``WeightsError`` in one line.
+
+    ## Version History
+    * v0: initial release.
+    """
+
+    metadata = {  # noqa: RUF012 - gymnasium declares it so
+        "render_modes": ["rgb_array"],
+        "render_fps": 10,
+    }
+
+    def __init__(
+        self,
+        task: str = "mnist-trousers",
+        *,
+        render_mode: str | None = None,
+        data_root: str | os.PathLike[str] | None = None,
+        download: bool = False,
+        **options: Any,
+    ) -> None:
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            raise SettingsError(f"render_mode={render_mode!r} must be one of {self.metadata['render_modes']} or None")
+        self.task = get_task(task)
+        self.settings = s = self.task.settings.override(**options)
+        self.render_mode = render_mode
+        self.run = UnlearningRun(
+            self.task.pretrained_model(),
+            load_data(self.task, data_root, download=download),
+            self.task.schedule.alphas_cumprod(),
+            s,
+        )
+        self._start: Snapshot = self.run.snapshot()
+        self.action_space: spaces.Box = spaces.Box(s.lambda_min, s.lambda_max, (1,), np.float32)  # type: ignore[assignment]
+        self.observation_space: spaces.Box = self._make_observation_space()  # type: ignore[assignment]
+        self._scale = self._feature_scale()
+        self._start_potential: tuple[float, float] | None = None
+        self.history: list[StepTerms] = []
+        self._features = np.zeros(len(FEATURES))
+        self._lambda = s.lambda_init
+        self._potential = 0.0
+
+    def _make_observation_space(self) -> spaces.Box:
+        s = self.settings
+        low, high = (-FEATURE_CLIP, FEATURE_CLIP) if s.normalize_features else (0.0, np.inf)
+        return spaces.Box(
+            np.array([low] * len(FEATURES) + [s.lambda_min, 0.0], dtype=np.float32),
+            np.array([high] * len(FEATURES) + [s.lambda_max, 1.0], dtype=np.float32),
+        )
+
+    def _feature_scale(self) -> NDArray[np.float64]:
+        """x0 of each feature: the task's constants times this run's data-set factors."""
+        if not self.settings.normalize_features:
+            return np.ones(len(FEATURES))
+        coefs = {"retain": self.run.retain_coef, "forget": self.run.forget_coef}
+        return np.array([getattr(self.task.constants, f) * coefs[f.split("_")[0]] for f in FEATURES])
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Restore the pretrained model and seed the run; no option is known yet."""
+        super().reset(seed=seed)
+        if options:
+            raise SettingsError(f"unknown reset options {sorted(options)}; this environment takes none")
+        s = self.settings
+        self.run.restore(self._start)
+        self.run.seed(int(self.np_random.integers(2**32)))
+        self.history = []
+        self._lambda = s.lambda_init
+        terms = self.run.measure(s.lambda_init)
+        self._observe(terms)
+        if s.reward == "potential":
+            self._potential = self._current_potential()
+        return self._observation(), self._info(terms, {})
+
+    def step(
+        self, action: NDArray[np.float32] | float
+    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """One optimizer update at λ = ``action``; raises :class:`ActionError` before anything changes."""
+        lambda_ = self._validate(action)
+        terms = self.run.update(lambda_)
+        reward_terms = self._reward_terms(terms)
+        self._lambda = lambda_
+        self.history.append(terms)
+        if not terms.diverged:
+            self._observe(terms)
+        terminated = terms.diverged or self.run.updates >= self.settings.horizon
+        return self._observation(), sum(reward_terms.values()), terminated, False, self._info(terms, reward_terms)
+
+    def _validate(self, action: NDArray[np.float32] | float) -> float:
+        s, values = self.settings, np.asarray(action, dtype=np.float64)
+        if values.size != 1 or values.ndim > 1:
+            raise ActionError(f"action has shape {values.shape}; give one λ, as a number or an array of shape (1,)")
+        lambda_ = float(values.reshape(()))
+        if not s.lambda_min - ACTION_TOLERANCE <= lambda_ <= s.lambda_max + ACTION_TOLERANCE:
+            raise ActionError(f"λ={lambda_} must lie in [{s.lambda_min}, {s.lambda_max}]")
+        if self.run.updates >= s.horizon or self.run.diverged:
+            raise gym.error.ResetNeeded("the episode has ended; call reset() before the next step")
+        return min(max(lambda_, s.lambda_min), s.lambda_max)
+
+    def _observe(self, terms: StepTerms) -> None:
+        """Keep the features that the next observation shows."""
+        if self.settings.features == "fresh":
+            self._features = self.run.measure_unweighted()
+        else:
+            self._features = np.array([getattr(terms, name) for name in FEATURES])
+
+    def _observation(self) -> NDArray[np.float32]:
+        s, features = self.settings, self._features
+        if s.normalize_features:
+            tiny = np.finfo(np.float64).tiny
+            ratio = np.nan_to_num(features / self._scale, nan=np.inf)
+            features = np.clip(np.log(np.maximum(ratio, tiny)), -FEATURE_CLIP, FEATURE_CLIP)
+        values = np.array([*features, self._lambda, self.run.updates / s.horizon])
+        low, high = self.observation_space.low, self.observation_space.high
+        finite = np.clip(np.nan_to_num(values), np.finfo(np.float32).min, np.finfo(np.float32).max)
+        return np.clip(finite.astype(np.float32), low, high)
+
+    def _reward_terms(self, terms: StepTerms) -> dict[str, float]:
+        """The reward's summands; design: see the class docstring."""
+        s = self.settings
+        if terms.diverged:
+            return {"divergence": -s.divergence_penalty}
+        smoothness = -s.smoothness_coef * (terms.lambda_ - self._lambda) ** 2
+        if s.reward == "siss":
+            return {"siss": -terms.siss_loss, "smoothness": smoothness}
+        before, self._potential = self._potential, self._current_potential()
+        return {"potential": self._potential - before, "smoothness": smoothness}
+
+    def _current_potential(self) -> float:
+        """Φ of the current model; its value at the pretrained weights is 0."""
+        s, (forget, retain) = self.settings, self.run.probe_losses()
+        if self._start_potential is None:
+            self._start_potential = (forget, retain)
+        f0, r0 = self._start_potential
+        cap = s.potential_cap if s.potential_cap is not None else self.task.constants.unseen_forget_loss
+        if not cap > f0:
+            raise SettingsError(f"potential_cap={cap} must be above the start's forget loss {f0:.4g}")
+        forgotten = (min(forget, cap) - f0) / (cap - f0)
+        # a retain loss beyond all bounds must leave the reward finite
+        return max(forgotten - s.potential_retain_coef * max(0.0, retain / r0 - 1.0), -s.divergence_penalty)
+
+    def _info(self, terms: StepTerms, reward_terms: dict[str, float]) -> dict[str, Any]:
+        """The measured terms by name, and the reward's; every array is the caller's own."""
+        return {"terms": terms.as_dict(), "reward_terms": reward_terms, "diverged": terms.diverged}
+
+    def render(self) -> NDArray[np.uint8] | None:
+        """A frame ``(H, W, 3)`` uint8: samples from fixed noise, the λ trace and both losses."""
+        if self.render_mode is None:
+            gym.logger.warn('render() needs gym.make("SISSUnlearn-v0", render_mode="rgb_array")')
+            return None
+        from unlearn_gym.envs.rendering import draw_frame
+
+        return draw_frame(self.task, self.run, self.history)

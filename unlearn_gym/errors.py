@@ -1,0 +1,37 @@
+"""Errors that a user can mend: each message is one line that names the value and the remedy."""
+
+
+class UnlearnGymError(Exception):
+    """Base of the package's own errors; the command line prints them without a traceback."""
+
+
+class SettingsError(UnlearnGymError, ValueError):
+    """An option that does not exist or has no valid value."""
+
+
+class TaskError(UnlearnGymError, LookupError):
+    """A task that is not registered, or one that cannot do what it is asked."""
+
+
+class DataError(UnlearnGymError, RuntimeError):
+    """Data that is missing, empty or damaged."""
+
+
+class WeightsError(UnlearnGymError, RuntimeError):
+    """A weights file that is missing, damaged or made for another network."""
+
+
+class RunError(UnlearnGymError, RuntimeError):
+    """A run that was asked for what it cannot do."""
+
+
+class ActionError(UnlearnGymError, ValueError):
+    """An action that is not one finite λ within the range."""
+
+
+class PolicyError(UnlearnGymError, ValueError):
+    """A policy that does not exist, or an agent that does not fit the environment."""
+
+
+class ResultsError(UnlearnGymError, ValueError):
+    """Results that cannot be used together, or too few to compute a figure from."""

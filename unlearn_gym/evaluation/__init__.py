@@ -1,0 +1,1 @@
+"""Metrics, the comparison protocol, statistics and the report."""

@@ -1,0 +1,57 @@
+"""One episode of a policy in the environment."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from unlearn_gym.envs import SISSUnlearnEnv
+from unlearn_gym.policies import LambdaPolicy, PolicyContext, Transition
+
+TRACED = (
+    "lambda_", "retain_loss", "forget_loss", "siss_loss", "retain_grad_norm", "forget_grad_norm",
+    "forget_multiplier", "update_norm", "retain_ess", "forget_ess", "forget_fraction",
+)  # fmt: skip
+
+
+@dataclass
+class Episode:
+    """What an episode left behind: the trace of each traced term, the return, and the time it took."""
+
+    trace: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in TRACED})
+    episode_return: float = 0.0
+    diverged: bool = False
+    env_seconds: float = 0.0
+    policy_seconds: float = 0.0
+
+
+def policy_context(env: SISSUnlearnEnv) -> PolicyContext:
+    """What policies may know of ``env``."""
+    s = env.settings
+    return PolicyContext(env.task.name, s.lambda_min, s.lambda_max, s.horizon)
+
+
+def run_episode(env: SISSUnlearnEnv, policy: LambdaPolicy, seed: int) -> Episode:
+    """Reset both with ``seed`` and run to the end; afterwards ``env.run.model`` is the unlearned model."""
+    episode, clock = Episode(), time.perf_counter
+    update: Any = getattr(policy, "update", None)
+    policy.reset(seed)
+    obs, info = env.reset(seed=seed)
+    terminated = False
+    while not terminated:
+        started = clock()
+        lambda_ = policy.act(obs, info)
+        acted = clock()
+        next_obs, reward, terminated, _, info = env.step(lambda_)
+        stepped = clock()
+        if update is not None:
+            update(Transition(obs, lambda_, reward, next_obs, terminated, info))
+        episode.policy_seconds += acted - started + clock() - stepped
+        episode.env_seconds += stepped - acted
+        episode.episode_return += reward
+        for name, values in episode.trace.items():
+            values.append(info["terms"][name])
+        obs = next_obs
+    episode.diverged = info["diverged"]
+    return episode

@@ -1,0 +1,192 @@
+"""Metrics of a model's samples and losses.
+
+FID and KID here are computed on the features of the shipped classifier (or the task's own), never on Inception
+features: their values compare models within this package and nothing outside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from scipy.stats import binomtest
+from torch import Tensor, nn
+
+from unlearn_gym.diffusion import grid_loss, sample
+from unlearn_gym.errors import ResultsError
+from unlearn_gym.tasks import Task, TaskData, to_model_range
+
+KID_SUBSETS = 50
+KID_SUBSET_SIZE = 200
+
+
+def fid(features: Tensor, reference: Tensor) -> float:
+    """Fréchet distance of two feature sets ``(N, F)`` and ``(M, F)``; Heusel et al. (2017). 0 is best.
+
+    Raises :class:`ResultsError` when either has no more rows than columns: the covariance is singular
+    and the figure means nothing.
+    """
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    smallest = min(len(features), len(reference))
+    if smallest <= features.shape[1]:
+        raise ResultsError(f"FID on {features.shape[1]} features needs more than {smallest} samples")
+    statistics = (fid_features_to_statistics(x.double()) for x in (features, reference))
+    return float(fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"])
+
+
+def kid(features: Tensor, reference: Tensor, *, subset_size: int = KID_SUBSET_SIZE, seed: int = 0) -> float:
+    """Unbiased squared kernel distance of two feature sets, cubic kernel; Bińkowski et al. (2018).
+
+    Mean over 50 random subsets; 0 is best, slightly negative values occur. Raises :class:`ResultsError`
+    when a set is smaller than ``subset_size``.
+    """
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    smallest = min(len(features), len(reference))
+    if smallest < subset_size:
+        raise ResultsError(f"KID with subset_size={subset_size} needs at least that many samples, not {smallest}")
+    with contextlib.redirect_stdout(io.StringIO()):
+        result = kid_features_to_metric(
+            features.double(), reference.double(),
+            kid_subsets=KID_SUBSETS, kid_subset_size=subset_size, rng_seed=seed, verbose=False,
+        )  # fmt: skip
+    return float(result["kernel_inception_distance_mean"])
+
+
+def wilson_interval(hits: int, n: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a share of ``hits`` in ``n``."""
+    interval = binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Size of an evaluation: samples for the forget rate, for quality, and the sampler's steps."""
+
+    num_forget_samples: int = 500
+    num_quality_samples: int = 500
+    num_inference_steps: int | None = None
+    batch_size: int = 250
+    seed: int = 7
+
+
+def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def draw_samples(
+    model: nn.Module, task: Task, labels: Tensor | None, noise: Tensor, settings: EvaluationSettings
+) -> Tensor:
+    """Samples ``(N, *S)`` from fixed ``noise``, in batches; deterministic."""
+    alphas_cumprod = task.schedule.alphas_cumprod(noise.device)
+    parts = []
+    for start in range(0, len(noise), settings.batch_size):
+        part = slice(start, start + settings.batch_size)
+        parts.append(
+            sample(
+                model, noise[part], alphas_cumprod, clip=task.clip,
+                labels=None if labels is None else labels[part],
+                num_inference_steps=settings.num_inference_steps or task.num_inference_steps,
+            )
+        )  # fmt: skip
+    return torch.cat(parts)
+
+
+class Evaluation(NamedTuple):
+    """Metrics by name, and the samples ``(N, *S)`` that they were computed from (None without a classifier)."""
+
+    metrics: dict[str, float]
+    forget_samples: Tensor | None
+    quality_samples: Tensor | None
+
+
+class Evaluator:
+    """Evaluates models of one task on the same noise, probe and retain-only reference.
+
+    The metrics are ``forget_rate`` (share of ``num_forget_samples`` samples, under
+    the label that the forget data was learned with, that the task's classifier calls forget data),
+    ``forget_loss`` and ``retain_loss`` (noise-prediction loss on a fixed grid, of the forget set and of
+    held-out retain data), ``fid``, ``kid`` (against held-out retain data) and ``class_accuracy`` (share of
+    class-conditional samples, labels equally often, that the classifier assigns to their label).
+    Metrics that the task cannot have are absent.
+    """
+
+    def __init__(self, task: Task, data: TaskData, settings: EvaluationSettings | None = None) -> None:
+        self.task, self.data, self.settings = task, data, settings or EvaluationSettings()
+        self.alphas_cumprod = task.schedule.alphas_cumprod()
+        self.reference = None
+        if task.classify is not None:
+            self.reference, self.reference_classes = task.classify(to_model_range(data.heldout))
+
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        """All metrics of ``model``; raises :class:`ResultsError` when samples are too few for one."""
+        model = model.cpu().eval()
+        figures = self.losses(model)
+        if self.task.classify is None or self.reference is None:
+            return Evaluation(figures, None, None)
+        samples, labels = self.quality_samples(model)
+        features, classes = self.task.classify(samples)
+        if torch.isfinite(features).all():
+            figures["fid"] = fid(features, self.reference)
+            figures["kid"] = kid(features, self.reference)
+        if labels is not None:
+            figures["class_accuracy"] = (classes == labels).float().mean().item()
+        forget_samples = self.forget_samples(model)
+        figures["forget_rate"] = self.is_forget_data(forget_samples).float().mean().item()
+        return Evaluation(figures, forget_samples, samples)
+
+    def is_forget_data(self, samples: Tensor) -> Tensor:
+        """Which samples the task's classifier calls forget data, bool ``(N,)``."""
+        if self.task.classify is None:
+            raise ResultsError(f"task {self.task.name!r} has no classifier; give it classify= to count forget data")
+        classes = self.task.classify(samples)[1]
+        return torch.isin(classes, torch.tensor(self.task.forget_classes))
+
+    def quality_samples(self, model: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Samples of every label equally often, and their labels (None if unconditional)."""
+        n, data = self.settings.num_quality_samples, self.data
+        labels = None
+        if data.retain_labels is not None:
+            classes = data.retain_labels.unique()
+            labels = classes.repeat(n // len(classes) + 1)[:n]
+        noise = _noise((n, *data.retain.shape[1:]), self.settings.seed)
+        return draw_samples(model, self.task, labels, noise, self.settings), labels
+
+    def forget_samples(self, model: nn.Module) -> Tensor:
+        """Samples under the label that the forget data was learned with."""
+        n, label = self.settings.num_forget_samples, self.task.probe_label
+        labels = None if label is None else torch.full((n,), label)
+        noise = _noise((n, *self.data.retain.shape[1:]), self.settings.seed + 1)
+        return draw_samples(model, self.task, labels, noise, self.settings)
+
+    def losses(self, model: nn.Module) -> dict[str, float]:
+        """``forget_loss`` and ``retain_loss`` on the fixed grid."""
+        figures = {}
+        for key, name in (("forget_loss", "forget"), ("retain_loss", "heldout")):
+            samples, labels = getattr(self.data, name)[:500], getattr(self.data, f"{name}_labels")
+            losses = grid_loss(
+                model, to_model_range(samples), self.alphas_cumprod,
+                labels=None if labels is None else labels[:500],
+                generator=torch.Generator().manual_seed(self.settings.seed),
+            )  # fmt: skip
+            figures[key] = losses.mean().item()
+        return figures
+
+    def calibration(self) -> dict[str, float]:
+        """What the classifier says of real data: share called forget data in held-out retain data (of the
+        probe label, where there is one) and in the forget set itself.
+        """
+        heldout = self.data.heldout
+        if self.task.probe_label is not None and self.data.heldout_labels is not None:
+            heldout = heldout[self.data.heldout_labels == self.task.probe_label]
+        return {
+            "retain_called_forget": self.is_forget_data(to_model_range(heldout)).float().mean().item(),
+            "forget_called_forget": self.is_forget_data(to_model_range(self.data.forget)).float().mean().item(),
+            "num_retain": float(len(heldout)),
+            "num_forget": float(len(self.data.forget)),
+        }

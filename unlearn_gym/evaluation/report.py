@@ -1,0 +1,284 @@
+"""Tables and pictures from the results of a comparison, and nothing but them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from unlearn_gym.envs.rendering import draw_samples
+from unlearn_gym.evaluation.comparison import FINETUNE, ORACLE, REFERENCES, UNTOUCHED
+from unlearn_gym.evaluation.metrics import wilson_interval
+from unlearn_gym.evaluation.statistics import Estimate, bootstrap_mean, paired_difference
+
+Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is headed, printed and read."""
+
+    name: str
+    title: str
+    form: Callable[[float], str]
+    better: str
+
+
+METRICS = (
+    Metric("forget_rate", "forget rate", lambda v: f"{100 * v:.1f} %", "lower"),
+    Metric("forget_loss", "forget loss", lambda v: f"{v:.4f}", "higher, up to the oracle's"),
+    Metric("retain_loss", "retain loss", lambda v: f"{v:.4f}", "lower"),
+    Metric("kid", "KID×10³", lambda v: f"{1e3 * v:.1f}", "lower"),
+    Metric("fid", "FID", lambda v: f"{v:.2f}", "lower"),
+    Metric("class_accuracy", "class accuracy", lambda v: f"{100 * v:.1f} %", "higher"),
+)
+PAIRED = ("forget_rate", "forget_loss", "retain_loss", "kid")
+
+
+def policies_in(results: Results) -> list[str]:
+    """Rows in the order of the comparison: the references first."""
+    return list(dict.fromkeys(cell["policy"] for cell in results["cells"]))
+
+
+def per_seed(results: Results, policy: str, name: str) -> dict[int, float]:
+    """``{seed: value}`` of a metric, or of a top-level figure of the cells; diverged runs have no metrics."""
+    cells = [c for c in results["cells"] if c["policy"] == policy]
+    values = {c["seed"]: c["metrics"].get(name, c.get(name)) for c in cells}
+    return {seed: value for seed, value in values.items() if value is not None}
+
+
+def estimate(results: Results, policy: str, name: str) -> Estimate:
+    """Mean over seeds with its bootstrap interval."""
+    return bootstrap_mean(list(per_seed(results, policy, name).values()))
+
+
+def _cell_text(value: Estimate, form: Callable[[float], str]) -> str:
+    if not np.isfinite(value.mean):
+        return "–"
+    if value.low == value.high:
+        return form(value.mean)
+    return f"{form(value.mean)} [{form(value.low)}, {form(value.high)}]"
+
+
+def summary_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the main table: mean and 95 % interval over seeds of each metric."""
+    present = [m for m in METRICS if any(m.name in c["metrics"] for c in results["cells"])]
+    header = ["policy", "seeds", *(m.title for m in present), "diverged", "run s", "evaluation s"]
+    rows = []
+    for policy in policies_in(results):
+        cells = [c for c in results["cells"] if c["policy"] == policy]
+        seconds = [c["env_seconds"] + c["policy_seconds"] for c in cells if "env_seconds" in c]
+        rows.append(
+            [
+                policy,
+                "–" if policy in REFERENCES else str(len(cells)),
+                *(_cell_text(estimate(results, policy, m.name), m.form) for m in present),
+                "–" if policy in REFERENCES else str(sum(c["diverged"] for c in cells)),
+                f"{np.mean(seconds):.1f}" if seconds else "–",
+                f"{np.mean([c['evaluation_seconds'] for c in cells]):.1f}",
+            ]
+        )
+    return header, rows
+
+
+def baseline_policy(results: Results) -> str | None:
+    """What the others are paired with: static:0.5 if it ran, else the first static λ."""
+    static = [p for p in policies_in(results) if p.startswith("static:")]
+    return "static:0.5" if "static:0.5" in static else (static[0] if static else None)
+
+
+def paired_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Differences to the baseline on the same seeds and batches, with 95 % intervals."""
+    baseline = baseline_policy(results)
+    if baseline is None:
+        return [], []
+    metrics = [m for m in METRICS if m.name in PAIRED and per_seed(results, baseline, m.name)]
+    rows = []
+    for policy in policies_in(results):
+        if policy in (*REFERENCES, baseline):
+            continue
+        row = [policy]
+        for m in metrics:
+            difference = paired_difference(per_seed(results, policy, m.name), per_seed(results, baseline, m.name))
+            clear = difference.low > 0 or difference.high < 0
+            row.append(_cell_text(difference, m.form) + (" *" if clear and difference.low != difference.high else ""))
+        rows.append(row)
+    return [f"policy − {baseline}", *(m.title for m in metrics)], rows
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A GitHub table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def verdict(results: Results) -> list[str]:
+    """Who forgot most at what cost, in sentences made from the figures."""
+    policies = [p for p in policies_in(results) if p not in (*REFERENCES, FINETUNE)]
+    name = "forget_rate" if per_seed(results, UNTOUCHED, "forget_rate") else "forget_loss"
+    metric = next(m for m in METRICS if m.name == name)
+    retain = next(m for m in METRICS if m.name == "retain_loss")
+    sign = 1 if name == "forget_rate" else -1
+    ranked = sorted(
+        (p for p in policies if per_seed(results, p, name)), key=lambda p: sign * estimate(results, p, name).mean
+    )
+    if not ranked:
+        return ["No policy finished a run."]
+
+    def figures(policy: str) -> str:
+        return ", ".join(f"{m.title} {_cell_text(estimate(results, policy, m.name), m.form)}" for m in (metric, retain))
+
+    cheapest = min(ranked, key=lambda p: estimate(results, p, "retain_loss").mean)
+    return [
+        f"Untouched model: {figures(UNTOUCHED)}. Retrained oracle: {figures(ORACLE)}.",
+        f"Forgot most: **{ranked[0]}** ({figures(ranked[0])}).",
+        f"Lowest retain loss: **{cheapest}** ({figures(cheapest)}).",
+        "Differences whose 95 % interval excludes 0 are starred in the paired table; it is not corrected for "
+        "the number of comparisons.",
+    ]
+
+
+def _notes(results: Results) -> list[str]:
+    comparison, s = results["comparison"], results["settings"]
+    evaluation, calibration = comparison["evaluation"], results["calibration"]
+    lines = [
+        f"- Task `{comparison['task']}`, {s['horizon']} updates of {s['optimizer']} at {s['learning_rate']:g}, batch "
+        f"{s['batch_size']}, λ in [{s['lambda_min']}, {s['lambda_max']}], data-set factors `{s['dataset_factors']}`, "
+        f"forget gradient rule `{s['forget_grad_rule']}` {s['forget_grad_norm']:g}, clip {s['max_grad_norm']}; "
+        f"{results['num_retain']} retain and {results['num_forget']} forget samples.",
+        "- Every policy of a seed starts from the same weights and draws the same samples, noise and mask uniforms.",
+        f"- Losses: noise prediction on a fixed grid of (t, noise); retain loss on held-out data. Samples: "
+        f"{evaluation['num_forget_samples']} under the forget data's label for the forget rate, "
+        f"{evaluation['num_quality_samples']} of all labels for KID, FID and class accuracy, "
+        f"{results['num_inference_steps']} steps of DPM-Solver++(2M), the same noise for every model.",
+        f"- KID and FID: {results['feature_dim']} features of the task's own classifier, not Inception; reference: "
+        f"{results['num_reference']} held-out retain samples, no forget data.",
+        "- Intervals: 95 % percentile bootstrap over seeds; a reference row has none.",
+    ]
+    untouched = per_seed(results, UNTOUCHED, "forget_rate")
+    if untouched:
+        n = evaluation["num_forget_samples"]
+        share = next(iter(untouched.values()))
+        low, high = wilson_interval(round(share * n), n)
+        lines.append(
+            f"- Forget rate of the untouched model: {100 * share:.1f} %, Wilson 95 % interval "
+            f"[{100 * low:.1f}, {100 * high:.1f}] % by its {n} samples alone."
+        )
+    if calibration:
+        lines.append(
+            f"- Calibration of the classifier on real data: it calls {100 * calibration['retain_called_forget']:.2f} % "
+            f"of {calibration['num_retain']:.0f} held-out retain samples of the probe label forget data, and "
+            f"{100 * calibration['forget_called_forget']:.1f} % of the {calibration['num_forget']:.0f} forget samples."
+        )
+    return lines
+
+
+def write_report(results: Results, out: Path) -> Path:
+    """Write ``report.md`` and the pictures beside it; returns the report's path."""
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = [draw_front(results, out / "front.png"), draw_lambdas(results, out / "lambdas.png")]
+    if any(c["samples"][0] for c in results["cells"]):
+        pictures.append(draw_sample_grids(results, out / "samples.png"))
+    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
+    sections = [
+        f"# Comparison on {results['comparison']['task']}",
+        "\n".join(f"{line}  " for line in verdict(results)),
+        markdown_table(*summary_rows(results)),
+    ]
+    header, rows = paired_rows(results)
+    if rows:
+        sections += ["## Paired differences", markdown_table(header, rows)]
+    sections += ["\n\n".join(f"![{p.stem}]({p.name})" for p in pictures), "## How it was measured"]
+    sections += ["\n".join(_notes(results)), f"Made by `{results['command']}` with {versions}."]
+    path = out / "report.md"
+    path.write_text("\n\n".join(sections) + "\n")
+    return path
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _colors(results: Results) -> dict[str, Any]:
+    from matplotlib import colormaps
+
+    palette = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    named = [p for p in policies_in(results) if p not in REFERENCES]
+    colors: dict[str, Any] = {p: palette[i % len(palette)] for i, p in enumerate(named)}
+    return {**colors, UNTOUCHED: "black", ORACLE: "dimgray"}
+
+
+def draw_front(results: Results, path: Path) -> Path:
+    """Forgetting against retain loss: one point a policy, with intervals; references as stars."""
+    figure = Figure(figsize=(8.2, 4.8), layout="constrained")
+    axes, colors = figure.subplots(), _colors(results)
+    name = "forget_rate" if per_seed(results, UNTOUCHED, "forget_rate") else "forget_loss"
+    for policy in policies_in(results):
+        x, y = estimate(results, policy, "retain_loss"), estimate(results, policy, name)
+        if not np.isfinite([x.mean, y.mean]).all():
+            continue
+        axes.errorbar(
+            x.mean, y.mean, xerr=[[x.mean - x.low], [x.high - x.mean]], yerr=[[y.mean - y.low], [y.high - y.mean]],
+            fmt="*" if policy in REFERENCES else "o", markersize=13 if policy in REFERENCES else 6,
+            color=colors[policy], elinewidth=1, capsize=2, label=policy,
+        )  # fmt: skip
+    axes.set(xlabel="retain loss (held-out), lower is better", ylabel=name.replace("_", " "))
+    axes.set_title(f"{results['comparison']['task']}: forgetting against its cost, means and 95 % intervals")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
+    return _save(figure, path)
+
+
+def _mean_trace(results: Results, policy: str, name: str) -> NDArray[np.float64]:
+    traces = [c["trace"][name] for c in results["cells"] if c["policy"] == policy and "trace" in c]
+    shortest = min((len(t) for t in traces), default=0)
+    return np.array([t[:shortest] for t in traces], dtype=np.float64).reshape(len(traces), shortest)
+
+
+def draw_lambdas(results: Results, path: Path) -> Path:
+    """λ over the run, one small panel a policy: every seed thin, their mean thick."""
+    named = [p for p in policies_in(results) if p not in (*REFERENCES, FINETUNE)]
+    columns = min(4, max(1, len(named)))
+    rows = -(-len(named) // columns)
+    figure = Figure(figsize=(2.6 * columns, 1.7 * rows + 0.4), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    colors = _colors(results)
+    for panel, policy in zip(panels, named, strict=False):
+        traces = _mean_trace(results, policy, "lambda_")
+        steps = np.arange(1, traces.shape[1] + 1)
+        panel.plot(steps, traces.T, color=colors[policy], linewidth=0.6, alpha=0.5)
+        panel.plot(steps, traces.mean(axis=0), color=colors[policy], linewidth=1.8)
+        panel.set_title(policy, fontsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels[len(named) :]:
+        panel.set_axis_off()
+    s = results["settings"]
+    panels[0].set(ylim=(s["lambda_min"] - 0.03, s["lambda_max"] + 0.03))
+    figure.supxlabel("update", fontsize=9)
+    figure.supylabel("λ", fontsize=9)
+    return _save(figure, path)
+
+
+def draw_sample_grids(results: Results, path: Path) -> Path:
+    """Samples from the same noise: untouched, the policy that forgot most, the oracle; two grids each."""
+    named = [p for p in policies_in(results) if p not in (*REFERENCES, FINETUNE)]
+    rates = {p: estimate(results, p, "forget_rate").mean for p in named if per_seed(results, p, "forget_rate")}
+    chosen = [UNTOUCHED, *([min(rates, key=lambda p: rates[p])] if rates else []), ORACLE]
+    figure = Figure(figsize=(4.2 * len(chosen), 4.6), layout="constrained")
+    panels = figure.subplots(2, len(chosen), squeeze=False)
+    for column, policy in enumerate(chosen):
+        cell = next(c for c in results["cells"] if c["policy"] == policy)
+        for row, grid in enumerate(cell["samples"]):
+            draw_samples(panels[row, column], torch.tensor(grid), columns=10)
+        panels[0, column].set_title(f"{policy}: the forget data's label", fontsize=9)
+        panels[1, column].set_title("all labels", fontsize=9)
+    return _save(figure, path)

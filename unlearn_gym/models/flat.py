@@ -1,0 +1,50 @@
+"""All parameters of a network as one vector: norms, updates and snapshots become single calls."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def _layout(parameter: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Storage shape and the permutation back, so that channels-last weights keep their strides."""
+    if parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
+        o, i, h, w = parameter.shape
+        return (o, h, w, i), (0, 3, 1, 2)
+    return tuple(parameter.shape), tuple(range(parameter.dim()))
+
+
+class FlatParameters:
+    """One contiguous ``vector (P,)`` of which every parameter of ``model`` is a view.
+
+    Writing the vector writes the network. ``gradient_views`` gives, for a gradient vector ``(P,)``,
+    the views that :meth:`point_gradients` installs as the parameters' ``.grad``, so that a backward
+    pass adds straight into the vector.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("the model has no trainable parameters")
+        first = self.parameters[0]
+        size = sum(p.numel() for p in self.parameters)
+        self.vector = nn.Parameter(torch.empty(size, dtype=first.dtype, device=first.device))
+        self._layouts = [_layout(p) for p in self.parameters]
+        with torch.no_grad():
+            for parameter, view in zip(self.parameters, self.gradient_views(self.vector.data), strict=True):
+                view.copy_(parameter)
+                parameter.data = view
+
+    def gradient_views(self, vector: Tensor) -> list[Tensor]:
+        """Views of ``vector (P,)`` with the parameters' shapes and strides."""
+        views, start = [], 0
+        for parameter, (shape, order) in zip(self.parameters, self._layouts, strict=True):
+            stop = start + parameter.numel()
+            views.append(vector[start:stop].view(shape).permute(order))
+            start = stop
+        return views
+
+    def point_gradients(self, views: list[Tensor] | None) -> None:
+        """Make ``views`` the parameters' ``.grad`` (None takes them away)."""
+        for i, parameter in enumerate(self.parameters):
+            parameter.grad = None if views is None else views[i]

@@ -1,0 +1,101 @@
+"""Policies by name, as the command line and the comparison take them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from unlearn_gym.errors import PolicyError
+from unlearn_gym.policies import open_loop, variational
+from unlearn_gym.policies.base import FunctionPolicy, LambdaPolicy, PolicyContext
+
+SCHEDULES = {"linear": open_loop.linear, "cosine": open_loop.cosine, "exponential": open_loop.exponential}
+DRAWS = {"prior": open_loop.prior_draw, "random": open_loop.uniform_draw}
+ESTIMATORS = (*variational.GRADIENT_ESTIMATORS, "variance")
+USAGE = (
+    "static:λ, prior, random, linear[:from:to], cosine[:from:to], exponential[:from:to], "
+    f"variational:{{{','.join(ESTIMATORS)}}}[:beta], ppo, ppo-potential, a path to an SB3 .zip, module:attribute"
+)
+SHIPPED_AGENTS = Path(str(files("unlearn_gym"))) / "assets" / "agents"
+
+
+def make_policy(spec: str, context: PolicyContext) -> LambdaPolicy:
+    """The policy that ``spec`` names: see ``USAGE``. Raises :class:`PolicyError` with the remedy."""
+    name, *arguments = spec.split(":")
+    if spec.endswith(".zip"):
+        return _agent(Path(spec), context)
+    if name == "static":
+        return open_loop.StaticPolicy(_lambdas(spec, arguments, context, 1)[0])
+    if name in DRAWS and not arguments:
+        return open_loop.DrawPolicy(context, DRAWS[name])
+    if name in SCHEDULES and len(arguments) in (0, 2):
+        start, end = _lambdas(spec, arguments, context, 2) if arguments else (context.lambda_max, context.lambda_min)
+        return open_loop.SchedulePolicy(SCHEDULES[name], start, end, context.horizon)
+    if name == "variational":
+        return _variational(spec, arguments, context)
+    if name in ("ppo", "ppo-potential") and not arguments:
+        return _agent(SHIPPED_AGENTS / context.task / f"{name}.zip", context)
+    if len(arguments) == 1 and all(part.isidentifier() for part in name.split(".")):
+        return _from_module(name, arguments[0])
+    known = ("static", "variational", "ppo", "ppo-potential", *DRAWS, *SCHEDULES)
+    close = difflib.get_close_matches(name, known, n=1)
+    raise PolicyError(f"unknown policy {spec!r}; {f'did you mean {close[0]!r}? ' if close else ''}known: {USAGE}")
+
+
+def _lambdas(spec: str, arguments: list[str], context: PolicyContext, count: int) -> list[float]:
+    try:
+        values = [float(a) for a in arguments]
+    except ValueError:
+        values = []
+    if len(values) != count:
+        raise PolicyError(f"policy {spec!r} needs {count} number(s) after its name, as in static:0.5 or linear:0.9:0.1")
+    for value in values:
+        if not context.lambda_min <= value <= context.lambda_max:
+            raise PolicyError(f"policy {spec!r}: λ={value} must lie in [{context.lambda_min}, {context.lambda_max}]")
+    return values
+
+
+def _variational(spec: str, arguments: list[str], context: PolicyContext) -> LambdaPolicy:
+    if not arguments or len(arguments) > 2 or arguments[0] not in ESTIMATORS:
+        raise PolicyError(f"policy {spec!r}: name an estimator, variational:{{{','.join(ESTIMATORS)}}}[:beta]")
+    try:
+        beta = float(arguments[1]) if len(arguments) == 2 else 0.01
+    except ValueError:
+        beta = -1.0
+    if not 0.0 <= beta < float("inf"):
+        raise PolicyError(f"policy {spec!r}: beta={arguments[1]} must be a number of at least 0")
+    if arguments[0] == "variance":
+        return variational.VariancePolicy(context, beta=beta)
+    return variational.VariationalPolicy(context, arguments[0], beta=beta)
+
+
+def _agent(path: Path, context: PolicyContext) -> LambdaPolicy:
+    from unlearn_gym.policies.sb3 import SB3Policy
+
+    if not path.is_file():
+        raise PolicyError(f"no agent at {path}; train one with 'python -m agents.train --task {context.task}'")
+    return SB3Policy(context, path)
+
+
+def _from_module(module: str, attribute: str) -> LambdaPolicy:
+    """A user's policy: an object with ``act``, a class or factory of such, or a function ``obs -> lambda_``."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        found: Any = getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise PolicyError(f"policy {module}:{attribute}: cannot import {module!r} ({error}); see {USAGE}") from None
+    except AttributeError:
+        raise PolicyError(f"policy {module}:{attribute}: {module!r} has no {attribute!r}") from None
+    if inspect.isclass(found):
+        found = found()
+    if isinstance(found, LambdaPolicy):
+        return found
+    if callable(found):
+        return FunctionPolicy(found)
+    raise PolicyError(f"policy {module}:{attribute} is neither a LambdaPolicy nor a function obs -> lambda_")

@@ -1,0 +1,71 @@
+"""Agents trained with stable-baselines3 as policies."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unlearn_gym.errors import PolicyError
+from unlearn_gym.policies.base import Observation, PolicyContext
+
+OBSERVATION_SHAPE = (6,)
+ALGORITHM_MARKS = {"PPO": {"clip_range"}, "A2C": {"gae_lambda"}, "TD3": {"policy_delay"}, "SAC": {"ent_coef", "tau"}}
+"""Settings that only this algorithm's zip holds, in the order of asking."""
+
+
+def _algorithm_name(path: Path) -> str:
+    """Which algorithm saved the zip, by the settings only it has."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            keys = json.loads(archive.read("data")).keys()
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise PolicyError(f"{path} is not a stable-baselines3 zip ({error}); train one with agents.train") from None
+    for name, marks in ALGORITHM_MARKS.items():
+        if marks <= keys:
+            return name
+    raise PolicyError(f"{path} was saved by an algorithm other than PPO, A2C, TD3 or SAC; wrap it as module:attribute")
+
+
+class SB3Policy:
+    """The deterministic action of a saved agent, whose action space is the environment's or [-1, 1].
+
+    Loading an agent unpickles it, as stable-baselines3 does: load only files that you trust. Raises
+    :class:`PolicyError` for a file that is no agent or an agent of another observation or action space.
+    """
+
+    def __init__(self, context: PolicyContext, path: Path) -> None:
+        import stable_baselines3
+
+        self.context = context
+        try:
+            self.agent = getattr(stable_baselines3, _algorithm_name(path)).load(path, device="cpu")
+        except PolicyError:
+            raise
+        except Exception as error:  # sb3 raises whatever unpickling raises
+            raise PolicyError(f"stable-baselines3 cannot load {path} ({error}); retrain or re-export it") from None
+        observation, action = self.agent.observation_space, self.agent.action_space
+        if observation.shape != OBSERVATION_SHAPE or action.shape != (1,):
+            raise PolicyError(
+                f"{path} was trained on observations {observation.shape} and actions {action.shape}, "
+                f"SISSUnlearn-v0 has {OBSERVATION_SHAPE} and (1,); train it on this environment"
+            )
+        self._low, self._high = float(action.low[0]), float(action.high[0])
+        own_range = np.allclose([self._low, self._high], [context.lambda_min, context.lambda_max])
+        if not own_range and (self._low, self._high) != (-1.0, 1.0):
+            raise PolicyError(
+                f"{path} acts in [{self._low:.3g}, {self._high:.3g}], the environment in "
+                f"[{context.lambda_min}, {context.lambda_max}]; use the λ range that it was trained with"
+            )
+
+    def reset(self, seed: int) -> None:
+        """The action is deterministic."""
+
+    def act(self, obs: Observation, info: dict[str, Any]) -> float:
+        """The agent's action, mapped to λ."""
+        action, _ = self.agent.predict(obs, deterministic=True)
+        share = (float(action[0]) - self._low) / (self._high - self._low)
+        return self.context.clip(self.context.from_unit(share))

@@ -1,0 +1,111 @@
+"""Adaptive λ by variational inference: arXiv 2512.01054, section 5.1, with four estimators of the λ-gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from unlearn_gym.policies.base import Observation, PolicyContext, Transition
+from unlearn_gym.run import SECOND_MOMENT_GRID
+
+GRADIENT_ESTIMATORS = ("pathwise", "score_function", "kl_only")
+NUM_FEATURES = 4
+
+
+class InferenceNetwork(nn.Module):
+    """Features ``v (4,)`` -> (μ, log σ²) of the posterior on z; layer sizes of the paper's public code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(NUM_FEATURES, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """μ and log σ², each 0-dim."""
+        mu, log_variance = self.net(features)
+        return mu, log_variance
+
+
+class VariationalPolicy:
+    """z ~ N(μ(v), σ²(v)), λ = sigmoid(z) mapped into the range; after each step one Adam step on
+    ``L_SISS(λ) + β KL(N(μ, σ²) ‖ N(0, 1))``.
+
+    dL_SISS/dλ is the run's, by ``estimator``: ``"pathwise"`` is the paper's reparameterisation (biased: it
+    pushes λ down), ``"score_function"`` is unbiased and has expectation zero, ``"kl_only"`` is what the
+    authors' public code does (the loss detached), so that λ tends to the prior. The network starts anew
+    with every episode. v are the observation's first four entries.
+
+    Args:
+        context: the environment's λ range.
+        estimator: one of ``GRADIENT_ESTIMATORS``.
+        beta: weight of the KL term (0.01 in the authors' code).
+        learning_rate: Adam's; the authors' 1e-4 serves runs of hundreds of updates, the default one of 60.
+    """
+
+    def __init__(
+        self, context: PolicyContext, estimator: str, *, beta: float = 0.01, learning_rate: float = 0.01
+    ) -> None:
+        self.context, self.estimator, self.beta, self.learning_rate = context, estimator, beta, learning_rate
+        self.reset(0)
+
+    def reset(self, seed: int) -> None:
+        """A new inference network and a new stream of ξ, both from ``seed``."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.network = InferenceNetwork()
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=self.learning_rate)
+        self.generator = torch.Generator().manual_seed(seed)
+        self._lambda: Tensor | None = None
+
+    def act(self, obs: Observation, info: dict[str, Any]) -> float:
+        """Draw λ; the graph is kept for the update that follows."""
+        self._mu, self._log_variance = self.network(torch.as_tensor(obs[:NUM_FEATURES]))
+        xi = torch.randn((), generator=self.generator)
+        share = torch.sigmoid(self._mu + (0.5 * self._log_variance).exp() * xi)
+        self._lambda = self.context.lambda_min + (self.context.lambda_max - self.context.lambda_min) * share
+        return self.context.clip(float(self._lambda.detach()))
+
+    def update(self, transition: Transition) -> None:
+        """One step on the ELBO loss, with the run's λ-gradient in place of the loss's own."""
+        if self._lambda is None or transition.info["diverged"]:
+            return
+        gradient = transition.info["terms"]["lambda_gradients"][self.estimator]
+        kl = 0.5 * (self._mu.square() + self._log_variance.exp() - 1.0 - self._log_variance)
+        loss = gradient * self._lambda + self.beta * kl
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+class VariancePolicy:
+    """The λ that minimises the second moment of the gradient, plus ``beta z²/2``, z = logit of λ in its range.
+
+    The second moment is estimated from the batches just seen (:func:`unlearn_gym.siss.gradient_second_moment`),
+    averaged over steps with ``decay``. This is no gradient of L_SISS, whose expectation does not depend on
+    λ: it is what λ truly acts on. The z-term is the KL of a point mass to the prior, up to a constant.
+    """
+
+    def __init__(self, context: PolicyContext, *, beta: float = 0.01, decay: float = 0.9) -> None:
+        self.context, self.beta, self.decay = context, beta, decay
+        inside = (context.lambda_min < SECOND_MOMENT_GRID) & (context.lambda_max > SECOND_MOMENT_GRID)
+        self._inside = inside
+        self._lambdas = SECOND_MOMENT_GRID[inside]
+        share = (self._lambdas - context.lambda_min) / (context.lambda_max - context.lambda_min)
+        self._penalty = beta * 0.5 * np.log(share / (1.0 - share)) ** 2
+        self.reset(0)
+
+    def reset(self, seed: int) -> None:
+        """Forget all batches."""
+        self._moment: NDArray[np.float64] = np.zeros(len(self._lambdas))
+
+    def act(self, obs: Observation, info: dict[str, Any]) -> float:
+        """The minimiser, after taking in the last batch's estimate."""
+        moment = np.asarray(info["terms"]["second_moment"])[self._inside]
+        if np.isfinite(moment).all() and (moment > 0).all():
+            self._moment = self.decay * self._moment + (1.0 - self.decay) * moment
+        if not (self._moment > 0).all():
+            return self.context.from_unit(0.5)
+        return float(self._lambdas[np.argmin(np.log(self._moment) + self._penalty)])

@@ -1,0 +1,206 @@
+"""Train the model that an unlearning run starts from, or its retrained-from-scratch oracle."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from unlearn_gym.diffusion import grid_loss, q_sample
+from unlearn_gym.errors import WeightsError
+from unlearn_gym.models.flat import FlatParameters
+from unlearn_gym.models.weights import read_tensors, save_weights, sha256
+from unlearn_gym.tasks import Task, TaskData, to_model_range
+
+PROBE_SIZE = 1000
+
+
+class PretrainSettings(BaseModel):
+    """AdamW on the noise-prediction loss with a one-cycle learning rate and an averaged copy."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    updates: int = Field(6000, ge=1)
+    batch_size: int = Field(128, ge=1)
+    max_learning_rate: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    seed: int = 0
+    checkpoint_every: int = Field(500, ge=1)
+
+
+def one_cycle(progress: float, warmup: float = 0.1) -> float:
+    """Fraction of the largest learning rate at ``progress`` in [0, 1]: linear up, cosine down."""
+    if progress < warmup:
+        return 0.04 + 0.96 * progress / warmup
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+class Pretraining:
+    """The whole state of a training, so that a resumed one equals an uninterrupted one."""
+
+    def __init__(
+        self,
+        task: Task,
+        samples: Tensor,
+        labels: Tensor | None,
+        settings: PretrainSettings,
+    ) -> None:
+        self.settings, self.samples, self.labels = settings, samples, labels
+        self.alphas_cumprod = task.schedule.alphas_cumprod()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.model = task.build_model().to(memory_format=torch.channels_last)
+        self.flat = FlatParameters(self.model)
+        self.gradient = torch.zeros_like(self.flat.vector)
+        self.flat.point_gradients(self.flat.gradient_views(self.gradient))
+        self.flat.vector.grad = self.gradient
+        self.ema = self.flat.vector.detach().clone()
+        self.optimizer = torch.optim.AdamW([self.flat.vector], lr=1.0, weight_decay=settings.weight_decay, fused=True)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.done = 0
+
+    def update(self) -> Tensor:
+        """One optimizer step; returns the batch's loss as a scalar tensor."""
+        s, generator = self.settings, self.generator
+        index = torch.randint(len(self.samples), (s.batch_size,), generator=generator)
+        x = to_model_range(self.samples[index])
+        timesteps = torch.randint(len(self.alphas_cumprod), (s.batch_size,), generator=generator)
+        noise = torch.randn(x.shape, generator=generator)
+        labels = None if self.labels is None else self.labels[index]
+        pred = self.model(q_sample(x, noise, timesteps, self.alphas_cumprod), timesteps, labels)
+        loss = (pred - noise).square().mean()
+        self.gradient.zero_()
+        loss.backward()
+        nn.utils.clip_grad_norm_([self.flat.vector], 1.0)
+        self.optimizer.param_groups[0]["lr"] = s.max_learning_rate * one_cycle(self.done / s.updates)
+        self.optimizer.step()
+        self.ema.lerp_(self.flat.vector.detach(), 1 - min(s.ema_decay, (1 + self.done) / (10 + self.done)))
+        self.done += 1
+        return loss.detach()
+
+    def averaged_model(self) -> nn.Module:
+        """The network with the averaged weights in place of the current ones (until the next update)."""
+        self.current = self.flat.vector.detach().clone()
+        with torch.no_grad():
+            self.flat.vector.copy_(self.ema)
+        return self.model
+
+    def continue_training(self) -> None:
+        """Undo :meth:`averaged_model`."""
+        with torch.no_grad():
+            self.flat.vector.copy_(self.current)
+
+    def save(self, path: Path) -> None:
+        """Write everything that :meth:`load` needs to continue exactly here."""
+        state = self.optimizer.state[self.flat.vector]
+        save_weights(
+            path,
+            {
+                "vector": self.flat.vector, "ema": self.ema, "done": torch.tensor(self.done),
+                "generator": self.generator.get_state(), **{f"optimizer.{k}": v for k, v in state.items()},
+            },
+        )  # fmt: skip
+
+    def load(self, path: Path) -> None:
+        """Continue from :meth:`save`; raises :class:`WeightsError` for a checkpoint of another network."""
+        tensors = read_tensors(path)
+        if "vector" not in tensors or tensors["vector"].shape != self.flat.vector.shape:
+            raise WeightsError(f"{path} is a checkpoint of another network; choose another --out")
+        with torch.no_grad():
+            self.flat.vector.copy_(tensors["vector"])
+            self.ema.copy_(tensors["ema"])
+        self.optimizer.state[self.flat.vector] = {
+            k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")
+        }
+        self.generator.set_state(tensors["generator"])
+        self.done = int(tensors["done"])
+
+
+def training_samples(data: TaskData, *, retain_only: bool) -> tuple[Tensor, Tensor | None]:
+    """D = R ∪ F, or R alone for the oracle: samples and labels."""
+    if retain_only:
+        return data.retain, data.retain_labels
+    samples = torch.cat([data.retain, data.forget])
+    if data.retain_labels is None or data.forget_labels is None:
+        return samples, None
+    return samples, torch.cat([data.retain_labels, data.forget_labels])
+
+
+def probe_losses(model: nn.Module, data: TaskData, alphas_cumprod: Tensor) -> dict[str, float]:
+    """Noise-prediction loss on held-out retain data and on forget data, on a fixed grid."""
+    losses = {}
+    for name in ("heldout", "forget"):
+        samples, labels = getattr(data, name)[:PROBE_SIZE], getattr(data, f"{name}_labels")
+        losses[f"{name}_loss"] = grid_loss(
+            model,
+            to_model_range(samples),
+            alphas_cumprod,
+            labels=None if labels is None else labels[:PROBE_SIZE],
+            generator=torch.Generator().manual_seed(0),
+        ).mean().item()  # fmt: skip
+    return losses
+
+
+def pretrain(
+    task: Task,
+    data: TaskData,
+    settings: PretrainSettings,
+    out: Path,
+    *,
+    retain_only: bool = False,
+    command: str = "",
+    progress: Callable[[int, int, float], None] | None = None,
+) -> dict[str, Any]:
+    """Train on R ∪ F (or R alone), resuming from ``out``'s checkpoint if there is one.
+
+    Writes ``<name>.safetensors`` (averaged weights), ``<name>.json`` (the manifest, also returned),
+    ``<name>.checkpoint.safetensors`` and TensorBoard curves to ``out``, where name is ``pretrained``
+    or ``oracle``.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    name = "oracle" if retain_only else "pretrained"
+    training = Pretraining(task, *training_samples(data, retain_only=retain_only), settings)
+    checkpoint = out / f"{name}.checkpoint.safetensors"
+    if checkpoint.is_file():
+        training.load(checkpoint)
+    started, start_update, running = time.perf_counter(), training.done, 0.0
+    with SummaryWriter(str(out / "tensorboard" / name), purge_step=training.done) as writer:
+        while training.done < settings.updates:
+            loss = training.update()
+            running += float(loss)
+            if training.done % 50 == 0:
+                writer.add_scalar("pretrain/loss", running / 50, training.done)
+                if progress:
+                    progress(training.done, settings.updates, running / 50)
+                running = 0.0
+            if training.done % settings.checkpoint_every == 0 or training.done == settings.updates:
+                training.save(checkpoint)
+        seconds = time.perf_counter() - started
+        model = training.averaged_model()
+        figures = probe_losses(model, data, training.alphas_cumprod)
+        for key, value in figures.items():
+            writer.add_scalar(f"pretrain/{key}", value, training.done)
+    weights = out / f"{name}.safetensors"
+    save_weights(weights, model.state_dict())
+    manifest = {
+        "command": command, "task": task.name, "schedule": task.schedule.model_dump(),
+        "network": task.network.model_dump(mode="json") if isinstance(task.network, BaseModel) else str(task.network),
+        "settings": settings.model_dump(), "retain_only": retain_only,
+        "num_samples": len(training.samples), "num_parameters": len(training.flat.vector),
+        "figures": figures, "updates_this_session": settings.updates - start_update,
+        "seconds_this_session": round(seconds, 1), "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "sha256": sha256(weights),
+    }  # fmt: skip
+    (out / f"{name}.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    return manifest

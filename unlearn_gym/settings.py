@@ -1,0 +1,84 @@
+"""Settings of an unlearning run: every option, its range and its meaning."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from unlearn_gym.errors import SettingsError
+
+
+class RunSettings(BaseModel):
+    r"""Options of :class:`unlearn_gym.run.UnlearningRun` and of the environment around it.
+
+    ``dataset_factors`` gives (c_r, c_f), with N = #D and K = #F: ``"siss"`` = (N/(N-K), K/(N-K)), the
+    SISS paper and code; ``"inverse_size"`` = (N/#R, N/#F), the adaptive-λ paper's text; ``"none"``
+    = (1, 1). ``forget_grad_rule``: ``"loss"`` uses the gradient of L_SISS as it is, ``"fixed_norm"``
+    rescales the forget gradient to ``forget_grad_norm``, ``"relative_norm"`` to ``forget_grad_norm``
+    times the retain gradient's norm. ``reward``: ``"siss"`` is -L_SISS less the smoothness penalty,
+    ``"potential"`` the difference of a score on a fixed probe set (design notes in the README).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    dataset_factors: Literal["siss", "inverse_size", "none"] = "siss"
+    forget_grad_rule: Literal["loss", "fixed_norm", "relative_norm"] = "relative_norm"
+    forget_grad_norm: float = Field(0.5, ge=0)
+    forget_scale: float = Field(1.0, ge=0, description="1 + s: weight of the forget term")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="None: no clipping")
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    learning_rate: float = Field(5e-5, gt=0)
+    batch_size: int = Field(16, ge=1)
+    horizon: int = Field(60, ge=1)
+    lambda_min: float = Field(0.1, ge=0, le=1)
+    lambda_max: float = Field(0.9, ge=0, le=1)
+    lambda_init: float = Field(0.5, ge=0, le=1)
+    smoothness_coef: float = Field(0.1, ge=0)
+    features: Literal["lagged", "fresh"] = "lagged"
+    normalize_features: bool = True
+    reward: Literal["siss", "potential"] = "siss"
+    potential_cap: float | None = Field(None, gt=0, description="None: the oracle's forget loss, stored with the task")
+    potential_retain_coef: float = Field(10.0, ge=0, description="w in the potential Φ")
+    divergence_penalty: float = Field(10.0, ge=0)
+    device: str = "cpu"
+
+    @field_validator("device")
+    @classmethod
+    def _device_exists(cls, value: str) -> str:
+        try:
+            torch.empty(0, device=value)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device {value!r} cannot be used here ({reason}); try 'cpu'") from None
+        return value
+
+    @model_validator(mode="after")
+    def _lambda_range(self) -> Self:
+        if not self.lambda_min < self.lambda_max:
+            raise ValueError(f"lambda_min={self.lambda_min} must be below lambda_max={self.lambda_max}")
+        if not self.lambda_min <= self.lambda_init <= self.lambda_max:
+            raise ValueError(f"lambda_init={self.lambda_init} must lie in [{self.lambda_min}, {self.lambda_max}]")
+        return self
+
+    def override(self, **options: Any) -> RunSettings:
+        """A copy with ``options`` replaced; raises :class:`SettingsError` for a bad name or value."""
+        for name in options:
+            if name not in type(self).model_fields:
+                close = difflib.get_close_matches(name, type(self).model_fields, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(type(self).model_fields)}"
+                raise SettingsError(f"unknown option {name!r}; {hint}")
+        try:
+            return type(self).model_validate({**self.model_dump(), **options})
+        except ValidationError as error:
+            raise SettingsError(describe_validation_error(error)) from None
+
+
+def describe_validation_error(error: ValidationError) -> str:
+    """The first problem of a pydantic error as one line that names the field and the value."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}={first['input']!r}: {message}" if where else message

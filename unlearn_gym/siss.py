@@ -1,0 +1,213 @@
+"""The SISS loss: mixture, importance weights and terms, as pure functions of tensors.
+
+Alberti et al., "Data Unlearning in Diffusion Models" (ICLR 2025, arXiv 2503.01034); λ-orientation and
+data-set factors of arXiv 2512.01054. Shapes: samples ``(B, *S)``, timesteps and labels ``(B,)``; one
+noise tensor and one timestep serve the retain and the forget sample of a pair.
+
+With a class-conditional network the label belongs to the sample: ``x_t`` carries its own sample's label
+(``labels``, from :func:`mixture_labels`), and a density is zero where labels differ. Conditioning on
+the drawn label without that would break the importance identity.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from unlearn_gym.diffusion import per_sample, q_sample
+
+
+class PairLabels(NamedTuple):
+    """Labels ``(B,)`` of the drawn sample, of the retain and of the forget sample of each pair."""
+
+    drawn: Tensor
+    retain: Tensor
+    forget: Tensor
+
+
+class SISSTerms(NamedTuple):
+    """Per-sample quantities ``(B,)`` and their weighted means (0-dim).
+
+    ``siss_loss = retain_loss - forget_scale * forget_loss``; ``retain_loss`` and ``forget_loss`` hold
+    their data-set factor, ``retain_errors`` and ``forget_errors`` are the unweighted squared errors
+    ℓ_r and ℓ_f. ``retain_residual`` and ``forget_residual (B, *S)`` are ε_θ - ε_r and ε_θ - ε_f.
+    """
+
+    retain_loss: Tensor
+    forget_loss: Tensor
+    siss_loss: Tensor
+    retain_errors: Tensor
+    forget_errors: Tensor
+    retain_weight: Tensor
+    forget_weight: Tensor
+    retain_residual: Tensor
+    forget_residual: Tensor
+
+
+def sample_mixture(
+    retain: Tensor,
+    forget: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    alphas_cumprod: Tensor,
+    lambda_: float | Tensor,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Draw ``x_t (B, *S)`` from the mixture; ``from_forget (B,)`` is True with probability λ.
+
+    One uniform number per pair is drawn whatever λ is, so equal generators give coupled draws.
+    """
+    uniforms = torch.rand(len(retain), generator=generator, device=retain.device)
+    from_forget = uniforms < lambda_
+    x_start = torch.where(per_sample(from_forget, retain), forget, retain)
+    return q_sample(x_start, noise, timesteps, alphas_cumprod), from_forget
+
+
+def mixture_labels(from_forget: Tensor, retain_labels: Tensor, forget_labels: Tensor) -> PairLabels:
+    """The labels to condition on and to weigh with."""
+    drawn = torch.where(from_forget, forget_labels, retain_labels)
+    return PairLabels(drawn, retain_labels, forget_labels)
+
+
+def _residual_noise(x_t: Tensor, x_start: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The noise that leads from ``x_start`` to ``x_t``: (x_t - √ᾱ x_start) / √(1-ᾱ)."""
+    return (x_t - alpha_bar.sqrt() * x_start) / (1.0 - alpha_bar).sqrt()
+
+
+def _log_weights(
+    retain_noise: Tensor, forget_noise: Tensor, lambda_: float | Tensor, labels: PairLabels | None
+) -> tuple[Tensor, Tensor]:
+    # d = ‖x_t - √ᾱ x‖² / (2(1-ᾱ)) is half the squared norm of the noise that leads from x to x_t
+    d_retain = 0.5 * retain_noise.square().flatten(1).sum(1)
+    d_forget = 0.5 * forget_noise.square().flatten(1).sum(1)
+    if labels is not None:
+        d_retain = d_retain.masked_fill(labels.drawn != labels.retain, torch.inf)
+        d_forget = d_forget.masked_fill(labels.drawn != labels.forget, torch.inf)
+    lambda_ = torch.as_tensor(lambda_, dtype=d_retain.dtype, device=d_retain.device)
+    log_mixture = torch.logaddexp(torch.log1p(-lambda_) - d_retain, lambda_.log() - d_forget)
+    return -d_retain - log_mixture, -d_forget - log_mixture
+
+
+def importance_weights(
+    x_t: Tensor,
+    retain: Tensor,
+    forget: Tensor,
+    timesteps: Tensor,
+    alphas_cumprod: Tensor,
+    lambda_: float | Tensor,
+    *,
+    labels: PairLabels | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``w_r = q(x_t|retain) / q_λ(x_t)`` and ``w_f = q(x_t|forget) / q_λ(x_t)``, each ``(B,)``.
+
+    Computed in log space. ``(1-λ) w_r + λ w_f = 1``, ``w_r <= 1/(1-λ)``, ``w_f <= 1/λ``; finite at
+    λ = 0 and λ = 1 for every ``x_t`` that the mixture can draw.
+    """
+    alpha_bar = per_sample(alphas_cumprod[timesteps], x_t)
+    log_retain, log_forget = _log_weights(
+        _residual_noise(x_t, retain, alpha_bar), _residual_noise(x_t, forget, alpha_bar), lambda_, labels
+    )
+    return log_retain.exp(), log_forget.exp()
+
+
+def siss_terms(
+    epsilon_pred: Tensor,
+    x_t: Tensor,
+    retain: Tensor,
+    forget: Tensor,
+    timesteps: Tensor,
+    alphas_cumprod: Tensor,
+    lambda_: float | Tensor,
+    *,
+    retain_coef: float = 1.0,
+    forget_coef: float = 1.0,
+    forget_scale: float = 1.0,
+    labels: PairLabels | None = None,
+) -> SISSTerms:
+    """``L_SISS = c_r mean(w_r ℓ_r) - (1+s) c_f mean(w_f ℓ_f)``, with ℓ the mean over pixels.
+
+    ``retain_coef`` is c_r, ``forget_coef`` c_f and ``forget_scale`` 1+s. Differentiable in
+    ``epsilon_pred`` and in a tensor ``lambda_`` (with ``x_t``, hence the drawn mask, held fixed).
+    """
+    alpha_bar = per_sample(alphas_cumprod[timesteps], x_t)
+    retain_noise = _residual_noise(x_t, retain, alpha_bar)
+    forget_noise = _residual_noise(x_t, forget, alpha_bar)
+    log_retain, log_forget = _log_weights(retain_noise, forget_noise, lambda_, labels)
+    retain_weight, forget_weight = log_retain.exp(), log_forget.exp()
+    retain_residual, forget_residual = epsilon_pred - retain_noise, epsilon_pred - forget_noise
+    retain_errors = retain_residual.square().flatten(1).mean(1)
+    forget_errors = forget_residual.square().flatten(1).mean(1)
+    retain_loss = retain_coef * (retain_weight * retain_errors).mean()
+    forget_loss = forget_coef * (forget_weight * forget_errors).mean()
+    return SISSTerms(
+        retain_loss, forget_loss, retain_loss - forget_scale * forget_loss,
+        retain_errors, forget_errors, retain_weight, forget_weight, retain_residual, forget_residual,
+    )  # fmt: skip
+
+
+def output_gradients(terms: SISSTerms, *, retain_coef: float, forget_coef: float) -> tuple[Tensor, Tensor]:
+    """∂retain_loss/∂ε_θ and ∂forget_loss/∂ε_θ, each ``(B, *S)``: what the two backward passes start from."""
+    scale = 2.0 / terms.retain_residual.numel()
+    retain = per_sample(retain_coef * scale * terms.retain_weight, terms.retain_residual)
+    forget = per_sample(forget_coef * scale * terms.forget_weight, terms.forget_residual)
+    return retain * terms.retain_residual, forget * terms.forget_residual
+
+
+def lambda_gradients(
+    terms: SISSTerms,
+    from_forget: Tensor,
+    lambda_: float,
+    *,
+    retain_coef: float,
+    forget_coef: float,
+    forget_scale: float,
+) -> dict[str, Tensor]:
+    """``dL_SISS/dλ`` by the estimators that differ in kind, as 0-dim tensors.
+
+    ``"pathwise"`` differentiates the weights with the drawn mask fixed (∂w = -w (w_f - w_r) ∂λ): the
+    reparameterisation of arXiv 2512.01054, biased towards small λ. ``"score_function"`` adds
+    ``loss_i · ∂ log p(mask_i|λ)/∂λ`` and is unbiased: its expectation at fixed θ is zero, because
+    ``E[L_SISS]`` does not depend on λ. ``"kl_only"`` detaches the loss and is zero.
+    """
+    w_r, w_f = terms.retain_weight, terms.forget_weight
+    losses_r = retain_coef * w_r * terms.retain_errors
+    losses_f = forget_scale * forget_coef * w_f * terms.forget_errors
+    pathwise = (losses_f - losses_r) * (w_f - w_r)
+    k = from_forget.to(w_r.dtype)
+    tiny = torch.finfo(w_r.dtype).tiny
+    score = k / max(lambda_, tiny) - (1.0 - k) / max(1.0 - lambda_, tiny)
+    return {
+        "pathwise": pathwise.mean(),
+        "score_function": (pathwise + (losses_r - losses_f) * score).mean(),
+        "kl_only": torch.zeros_like(terms.siss_loss),
+    }
+
+
+def squared_output_gradients(
+    terms: SISSTerms, *, retain_coef: float, forget_coef: float, forget_multiplier: float | Tensor
+) -> Tensor:
+    """‖g‖² of each drawn x_t, ``(B,)``, with g = c_r w_r ∇ℓ_r - m c_f w_f ∇ℓ_f.
+
+    m is the factor that the update truly gave to the forget gradient. ∇ is taken with respect to the
+    network's output, as per-sample gradients of the weights would cost a backward pass each
+    (Katharopoulos and Fleuret, 2018, bound the one by the other).
+    """
+    retain = per_sample(retain_coef * terms.retain_weight, terms.retain_residual) * terms.retain_residual
+    scale = forget_multiplier * forget_coef * terms.forget_weight
+    gradient = retain - per_sample(scale, retain) * terms.forget_residual
+    return gradient.square().flatten(1).mean(1)
+
+
+def gradient_second_moment(terms: SISSTerms, squared: Tensor, lambdas: Tensor) -> tuple[Tensor, Tensor]:
+    """M(λ'), the second moment of the gradient were x_t drawn with λ' instead, from one batch drawn at λ.
+
+    ``E_{q_λ'}[‖g‖²] = E_{q_λ}[‖g‖² q_λ/q_λ']`` and ``q_λ'/q_λ = (1-λ') w_r + λ' w_f``: the weights at λ
+    tell of every λ'. ``squared (B,)`` is ‖g‖², ``lambdas (G,)`` the λ'. Returns M at each of them,
+    ``(G,)``, and d log M/dλ' at λ' = λ, 0-dim (0 where all gradients vanish).
+    """
+    w_r, w_f = terms.retain_weight, terms.forget_weight
+    ratio = (1.0 - lambdas)[:, None] * w_r + lambdas[:, None] * w_f
+    slope = (squared * (w_r - w_f)).sum() / squared.sum().clamp_min(torch.finfo(squared.dtype).tiny)
+    return (squared / ratio).mean(1), slope

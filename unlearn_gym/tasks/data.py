@@ -1,0 +1,54 @@
+"""What is retained and what is forgotten, as tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from unlearn_gym.errors import DataError
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Retain set R, forget set F and retain data that the model never saw.
+
+    Samples are ``(N, *S)``: uint8 images, turned to [-1, 1] by :func:`to_model_range` batch by batch,
+    or float points. Labels are int64 ``(N,)``, or None for an unconditional model.
+    """
+
+    retain: Tensor
+    forget: Tensor
+    heldout: Tensor
+    retain_labels: Tensor | None = None
+    forget_labels: Tensor | None = None
+    heldout_labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("retain", "forget", "heldout"):
+            samples, labels = getattr(self, name), getattr(self, f"{name}_labels")
+            if len(samples) == 0:
+                raise DataError(f"the {name} set is empty; give it at least one sample")
+            if samples.shape[1:] != self.retain.shape[1:]:
+                raise DataError(
+                    f"{name} samples have shape {tuple(samples.shape[1:])}, "
+                    f"retain samples {tuple(self.retain.shape[1:])}; they must agree"
+                )
+            if samples.is_floating_point() and not torch.isfinite(samples).all():
+                raise DataError(f"the {name} set holds values that are not finite; remove them")
+            if (labels is None) != (self.retain_labels is None):
+                raise DataError(f"{name}_labels: give labels for all sets or for none")
+            if labels is not None and labels.shape != (len(samples),):
+                raise DataError(f"{name}_labels has shape {tuple(labels.shape)}, needs ({len(samples)},)")
+
+    def to(self, device: str | torch.device) -> Self:
+        """The same data on ``device``."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in tensors.items() if v is not None})
+
+
+def to_model_range(samples: Tensor) -> Tensor:
+    """uint8 images to float32 in [-1, 1]; float samples pass unchanged."""
+    return samples.float() / 127.5 - 1.0 if samples.dtype == torch.uint8 else samples

@@ -1,0 +1,99 @@
+"""The paper's augmented MNIST: 60,000 digits and 674 Fashion-MNIST trousers labelled 1."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unlearn_gym.errors import DataError
+from unlearn_gym.tasks.data import TaskData
+
+NUM_FORGET = 674
+TROUSERS_LABEL = 1
+FASHION_TROUSER_CLASS = 1
+SHIPPED_RETAIN = 10_000
+SEED = 42
+
+
+def load_torchvision(name: str, root: Path, *, train: bool, download: bool = False) -> tuple[Tensor, Tensor]:
+    """``MNIST`` or ``FashionMNIST`` through torchvision: uint8 ``(N, 1, 28, 28)`` and int64 ``(N,)``."""
+    from torchvision import datasets
+
+    try:
+        dataset = getattr(datasets, name)(root=str(root), train=train, download=download)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise DataError(
+            f"no usable {name} under {root} ({str(error).splitlines()[0]}); "
+            "name the folder that holds it with --data-root, or pass --download"
+        ) from None
+    return dataset.data.unsqueeze(1), dataset.targets.to(torch.int64)
+
+
+def load_shipped(path: Path) -> TaskData:
+    """The retain subset, forget set and held-out digits that ship with the package."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        return _task_data(*(torch.from_numpy(arrays[k]) for k in ARCHIVE_KEYS))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} is missing or damaged ({error}); reinstall the package") from None
+
+
+ARCHIVE_KEYS = ("retain", "retain_labels", "heldout", "heldout_labels", "forget")
+
+
+def _task_data(
+    retain: Tensor, retain_labels: Tensor, heldout: Tensor, heldout_labels: Tensor, forget: Tensor
+) -> TaskData:
+    return TaskData(
+        retain=retain,
+        forget=forget,
+        heldout=heldout,
+        retain_labels=retain_labels.to(torch.int64),
+        forget_labels=torch.full((len(forget),), TROUSERS_LABEL),
+        heldout_labels=heldout_labels.to(torch.int64),
+    )
+
+
+def load_mnist_trousers(archive: Path, data_root: Path | None = None, *, download: bool = False) -> TaskData:
+    """Data of ``mnist-trousers``: all of MNIST from ``data_root``, or the shipped part of it.
+
+    The forget images are the shipped ones either way, so runs with and without a data root forget
+    the same set.
+    """
+    shipped = load_shipped(archive)
+    if data_root is None:
+        return shipped
+    retain, retain_labels = load_torchvision("MNIST", data_root, train=True, download=download)
+    heldout, heldout_labels = load_torchvision("MNIST", data_root, train=False, download=download)
+    return _task_data(retain, retain_labels, heldout, heldout_labels, shipped.forget)
+
+
+def build_archive(archive: Path, data_root: Path, *, download: bool = False) -> str:
+    """Choose the shipped images from the full data sets and write them; returns the file's SHA-256.
+
+    Seeded choice: 10,000 training digits to retain, all 10,000 test digits as held-out data, and
+    674 training trousers (10 % of the number of ones) to forget.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    digits, labels = load_torchvision("MNIST", data_root, train=True, download=download)
+    heldout, heldout_labels = load_torchvision("MNIST", data_root, train=False, download=download)
+    garments, garment_labels = load_torchvision("FashionMNIST", data_root, train=True, download=download)
+    kept = torch.randperm(len(digits), generator=generator)[:SHIPPED_RETAIN]
+    trousers = garments[garment_labels == FASHION_TROUSER_CLASS]
+    chosen = trousers[torch.randperm(len(trousers), generator=generator)[:NUM_FORGET]]
+    arrays: dict[str, NDArray[np.uint8]] = {
+        "retain": digits[kept].numpy(),
+        "retain_labels": labels[kept].numpy().astype(np.uint8),
+        "heldout": heldout.numpy(),
+        "heldout_labels": heldout_labels.numpy().astype(np.uint8),
+        "forget": chosen.numpy(),
+    }
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(archive, **arrays)  # type: ignore[arg-type]
+    return hashlib.sha256(archive.read_bytes()).hexdigest()

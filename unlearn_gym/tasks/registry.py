@@ -1,0 +1,146 @@
+"""Tasks by name: which model, what to retain, what to forget, and with which defaults."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from unlearn_gym.diffusion import ScheduleConfig
+from unlearn_gym.errors import DataError, TaskError, WeightsError
+from unlearn_gym.models import MLPConfig, UNetConfig, build_network
+from unlearn_gym.models.weights import load_weights
+from unlearn_gym.settings import RunSettings, describe_validation_error
+from unlearn_gym.tasks.data import TaskData
+
+DATA_ROOT_VARIABLE = "UNLEARN_GYM_DATA_ROOT"
+
+
+class FeatureConstants(BaseModel):
+    """Measured scales of a task: x0 of each feature at λ = 0.5 with factors (1, 1), and the forget
+    loss of a model that never saw the forget set (the oracle's).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    retain_loss: float = Field(gt=0)
+    forget_loss: float = Field(gt=0)
+    retain_grad_norm: float = Field(gt=0)
+    forget_grad_norm: float = Field(gt=0)
+    unseen_forget_loss: float = Field(gt=0)
+    num_batches: int = Field(ge=1)
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything an unlearning run and its evaluation need, as plain data and functions.
+
+    ``network`` is a config, or a function that returns an ε-network
+    ``(x_t, timesteps, labels or None) -> epsilon_pred`` of your own. ``load_data(data_root, download)``
+    returns the sets. ``assets`` is the folder with ``pretrained.safetensors``, ``oracle.safetensors``
+    and ``constants.json``. ``classify(samples) -> (features (N, F), classes (N,))`` judges generated
+    samples; samples whose class is in ``forget_classes`` count as forget data. ``probe_label`` is the
+    label under which the forget data was learned (None for an unconditional model), ``clip`` the
+    range of the data (None for unbounded).
+    """
+
+    name: str
+    description: str
+    network: UNetConfig | MLPConfig | Callable[[], nn.Module]
+    load_data: Callable[[Path | None, bool], TaskData]
+    assets: Path
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    settings: RunSettings = field(default_factory=RunSettings)
+    classify: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    forget_classes: tuple[int, ...] = ()
+    probe_label: int | None = None
+    clip: float | None = 1.0
+    num_inference_steps: int = 20
+
+    def build_model(self) -> nn.Module:
+        """The network, with weights that are not the pretrained ones yet."""
+        if isinstance(self.network, UNetConfig | MLPConfig):
+            return build_network(self.network)
+        return self.network()
+
+    def pretrained_model(self) -> nn.Module:
+        """The model that has learned D = R ∪ F."""
+        return self._load("pretrained")
+
+    def oracle_model(self) -> nn.Module:
+        """The same network trained on R alone."""
+        return self._load("oracle")
+
+    def _load(self, name: str) -> nn.Module:
+        model = self.build_model()
+        try:
+            load_weights(model, self.assets / f"{name}.safetensors")
+        except WeightsError as error:
+            raise WeightsError(f"task {self.name!r}: {error}") from None
+        return model
+
+    @cached_property
+    def constants(self) -> FeatureConstants:
+        """Measured feature scales; raises :class:`TaskError` when they were never measured."""
+        path = self.assets / "constants.json"
+        try:
+            return FeatureConstants.model_validate(json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise TaskError(
+                f"task {self.name!r} has no {path.name}; run 'unlearn-gym calibrate --task {self.name}' "
+                "or pass normalize_features=False"
+            ) from None
+        except ValidationError as error:
+            raise TaskError(f"{path}: {describe_validation_error(error)}; measure it again") from None
+        except ValueError as error:
+            raise TaskError(f"{path} is not JSON ({error}); measure it again") from None
+
+
+_TASKS: dict[str, Task] = {}
+
+
+def register_task(task: Task) -> None:
+    """Make ``task`` available by its name; a name can be registered again only with the same task."""
+    if _TASKS.get(task.name, task) != task:
+        raise TaskError(f"a different task named {task.name!r} is registered; choose another name")
+    _TASKS[task.name] = task
+
+
+def task_names() -> list[str]:
+    """Names of all registered tasks."""
+    return sorted(_TASKS)
+
+
+def get_task(name: str) -> Task:
+    """The task registered as ``name``; raises :class:`TaskError` with the closest name."""
+    if name in _TASKS:
+        return _TASKS[name]
+    close = difflib.get_close_matches(str(name), _TASKS, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(task_names())}"
+    raise TaskError(f"unknown task {name!r}; {hint}")
+
+
+def resolve_data_root(data_root: str | os.PathLike[str] | None) -> Path | None:
+    """``data_root``, else the environment variable ``UNLEARN_GYM_DATA_ROOT``, else None (shipped data)."""
+    chosen = data_root if data_root is not None else os.environ.get(DATA_ROOT_VARIABLE) or None
+    return None if chosen is None else Path(chosen)
+
+
+@lru_cache(maxsize=4)
+def _cached_data(task: Task, root: Path | None, download: bool) -> TaskData:
+    if root is not None and not root.is_dir() and not download:
+        raise DataError(f"data root {root} is not a folder; correct it, or pass --download to fill it")
+    return task.load_data(root, download)
+
+
+def load_data(task: Task, data_root: str | os.PathLike[str] | None = None, *, download: bool = False) -> TaskData:
+    """The task's sets, read once per process; raises ``DataError`` with the remedy."""
+    return _cached_data(task, resolve_data_root(data_root), download)

@@ -1,0 +1,95 @@
+"""Train the classifier that the evaluation uses: MNIST digits and Fashion-MNIST garments, 20 classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unlearn_gym.models.classifier import NUM_DIGITS, TROUSERS, DigitGarmentClassifier
+from unlearn_gym.models.weights import save_weights, sha256
+from unlearn_gym.pretraining import one_cycle
+from unlearn_gym.tasks.data import to_model_range
+from unlearn_gym.tasks.mnist import load_torchvision
+
+MAX_SHIFT = 2
+MAX_NOISE = 0.3
+
+
+def labelled_images(root: Path, *, train: bool, download: bool) -> tuple[Tensor, Tensor]:
+    """Digits with labels 0..9 and garments with labels 10..19."""
+    digits, labels = load_torchvision("MNIST", root, train=train, download=download)
+    garments, garment_labels = load_torchvision("FashionMNIST", root, train=train, download=download)
+    return torch.cat([digits, garments]), torch.cat([labels, garment_labels + NUM_DIGITS])
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift each image by up to 2 pixels and add noise of a random strength, in [-1, 1]."""
+    padded = F.pad(images, (MAX_SHIFT,) * 4, value=-1.0)
+    shifts = torch.randint(2 * MAX_SHIFT + 1, (len(images), 2), generator=generator)
+    size = images.shape[-1]
+    rows = (shifts[:, :1] + torch.arange(size))[:, None, :, None].expand(-1, 1, -1, padded.shape[-1])
+    columns = (shifts[:, 1:] + torch.arange(size))[:, None, None, :].expand(-1, 1, size, -1)
+    shifted = padded.gather(2, rows).gather(3, columns)
+    strength = MAX_NOISE * torch.rand((len(images), 1, 1, 1), generator=generator)
+    noise = torch.randn(images.shape, generator=generator)
+    return (shifted + strength * noise).clamp(-1, 1)
+
+
+@torch.no_grad()
+def test_figures(model: DigitGarmentClassifier, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy, and the two error rates that calibrate the forget rate."""
+    predicted = torch.cat([model(to_model_range(b))[1].argmax(1) for b in images.split(500)])
+    hit, trousers = predicted == labels, predicted == TROUSERS
+    return {
+        "digit_accuracy": hit[labels < NUM_DIGITS].float().mean().item(),
+        "garment_accuracy": hit[labels >= NUM_DIGITS].float().mean().item(),
+        "digits_called_trousers": trousers[labels < NUM_DIGITS].float().mean().item(),
+        "ones_called_trousers": trousers[labels == 1].float().mean().item(),
+        "trousers_called_trousers": trousers[labels == TROUSERS].float().mean().item(),
+    }
+
+
+def train_classifier(
+    root: Path,
+    out: Path,
+    *,
+    updates: int = 2000,
+    batch_size: int = 128,
+    seed: int = 0,
+    download: bool = False,
+    command: str = "",
+    progress: Callable[[int, int, float], None] | None = None,
+) -> dict[str, Any]:
+    """Write ``classifier.safetensors`` and its manifest ``classifier.json`` to ``out``."""
+    images, labels = labelled_images(root, train=True, download=download)
+    weights = (1.0 / torch.bincount(labels).float())[labels]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = DigitGarmentClassifier()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=1e-2)
+    chosen = torch.multinomial(weights, updates * batch_size, replacement=True, generator=generator)
+    for update, index in enumerate(chosen.view(updates, batch_size)):
+        _, logits = model(augment(to_model_range(images[index]), generator))
+        loss = F.cross_entropy(logits, labels[index], label_smoothing=0.02)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 3e-3 * one_cycle(update / updates)
+        optimizer.step()
+        if progress and update % 50 == 0:
+            progress(update, updates, float(loss))
+    figures = test_figures(model, *labelled_images(root, train=False, download=download))
+    path = out / "classifier.safetensors"
+    save_weights(path, model.state_dict())
+    manifest = {
+        "command": command, "updates": updates, "batch_size": batch_size, "seed": seed,
+        "figures": figures, "versions": {"torch": torch.__version__}, "sha256": sha256(path),
+    }  # fmt: skip
+    (out / "classifier.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    return manifest
