@@ -231,6 +231,15 @@ def _print_tables(results: dict[str, Any]) -> None:
         console.print(line.replace("**", ""), highlight=False)
 
 
+def bench(task: str = "mnist-trousers", pairs: int = 40, threads: Threads = None) -> None:
+    """Measure env.step against the network's bare passes, and reset against step, in turns."""
+    from unlearn_gym.benchmark import benchmark
+
+    _set_threads(threads)
+    for name, value in benchmark(task, pairs).items():
+        print(f"{name:20s} {value:10.3f}")
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "compare": compare,
     "report": report,
@@ -239,6 +248,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "build-data": build_data,
     "calibrate": calibrate,
     "networks": networks,
+    "bench": bench,
 }
 
 

@@ -12,6 +12,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from unlearn_gym.errors import SettingsError
+
 Predictor = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """``(x_t, timesteps, labels or None) -> epsilon_pred``, all with the batch in front."""
 
@@ -43,11 +45,14 @@ def q_sample(x_start: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: 
 
 
 def inference_timesteps(num_train_timesteps: int, num_inference_steps: int) -> list[int]:
-    """Evenly spaced timesteps from T-1 down to 0, both included."""
+    """Timesteps from T-1 down to 0, both included, evenly spaced in √t (Song et al., 2021, appendix D.2).
+
+    Steps that round to the same t are merged, so many steps on a short schedule become fewer.
+    """
     if not 2 <= num_inference_steps <= num_train_timesteps:
-        raise ValueError(f"num_inference_steps={num_inference_steps} must lie in 2..{num_train_timesteps}")
-    steps = torch.linspace(num_train_timesteps - 1, 0, num_inference_steps, dtype=torch.float64)
-    return [int(t) for t in steps.round()]
+        raise SettingsError(f"num_inference_steps={num_inference_steps} must lie in 2..{num_train_timesteps}")
+    roots = torch.linspace((num_train_timesteps - 1) ** 0.5, 0, num_inference_steps, dtype=torch.float64)
+    return sorted({int(t) for t in roots.square().round()}, reverse=True)
 
 
 @torch.no_grad()

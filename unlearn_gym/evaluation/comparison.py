@@ -20,7 +20,7 @@ import torch
 
 import unlearn_gym
 from unlearn_gym.envs import SISSUnlearnEnv
-from unlearn_gym.errors import ResultsError
+from unlearn_gym.errors import ResultsError, SettingsError
 from unlearn_gym.evaluation.episode import policy_context, run_episode
 from unlearn_gym.evaluation.metrics import EvaluationSettings, Evaluator
 from unlearn_gym.models.weights import sha256
@@ -80,11 +80,12 @@ class Comparison:
 
 
 def validate(comparison: Comparison) -> None:
-    """Build every policy once, so that a bad name fails before anything runs."""
+    """Build every policy once and check the sample sizes, so that a bad name fails before anything runs."""
     context = policy_context(comparison.make_env())
     for policy in comparison.policies:
         if policy not in (FINETUNE, *REFERENCES):
             make_policy(policy, context)
+    comparison.evaluation.validate()
 
 
 def run_cell(comparison: Comparison, policy: str, seed: int, threads: int | None = None) -> dict[str, Any]:
@@ -154,6 +155,8 @@ def run_comparison(
     Every finished cell is a file of its own, so an interrupted comparison continues where it stopped.
     ``progress(cell, done, total)`` is called for every cell. Returns the results.
     """
+    if jobs < 1:
+        raise SettingsError(f"jobs={jobs} must be at least 1")
     validate(comparison)
     key, cells, found = comparison.cell_key(), comparison.cells(), []
     open_cells = []

@@ -73,6 +73,15 @@ class EvaluationSettings:
     batch_size: int = 250
     seed: int = 7
 
+    def validate(self) -> None:
+        """Raise :class:`ResultsError` for sizes from which a metric cannot be computed."""
+        if self.num_forget_samples < 1:
+            raise ResultsError(f"num_forget_samples={self.num_forget_samples} must be at least 1")
+        if self.num_quality_samples < KID_SUBSET_SIZE:
+            raise ResultsError(
+                f"num_quality_samples={self.num_quality_samples} is too few for KID; take at least {KID_SUBSET_SIZE}"
+            )
+
 
 def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

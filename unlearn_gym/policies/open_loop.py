@@ -91,4 +91,4 @@ class SchedulePolicy:
         """The next value."""
         share = self.shape(min(self.step / max(self.horizon - 1, 1), 1.0))
         self.step += 1
-        return self.start + (self.end - self.start) * share
+        return (1.0 - share) * self.start + share * self.end

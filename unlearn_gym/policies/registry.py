@@ -40,7 +40,7 @@ def make_policy(spec: str, context: PolicyContext) -> LambdaPolicy:
         return _variational(spec, arguments, context)
     if name in ("ppo", "ppo-potential") and not arguments:
         return _agent(SHIPPED_AGENTS / context.task / f"{name}.zip", context)
-    if len(arguments) == 1 and all(part.isidentifier() for part in name.split(".")):
+    if len(arguments) == 1 and all(part.isidentifier() for part in (*name.split("."), *arguments)):
         return _from_module(name, arguments[0])
     known = ("static", "variational", "ppo", "ppo-potential", *DRAWS, *SCHEDULES)
     close = difflib.get_close_matches(name, known, n=1)

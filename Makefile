@@ -1,0 +1,32 @@
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint wheel install clean
+
+demo: $(INSTALLED)  ## the main job on the shipped data: compare policies, print the table
+	$(BIN)/unlearn-gym compare --policies static:0.1 static:0.5 static:0.9 variational:pathwise variational:variance ppo \
+		--seeds 2 --jobs 2 --out runs/demo
+
+test: $(INSTALLED)  ## the tests, offline
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: $(INSTALLED)  ## build the wheel and use it away from the checkout
+	$(BIN)/python -m build --wheel --outdir dist .
+	sh tests/check_wheel.sh $(BIN)/python dist
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[agents,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info

@@ -1,0 +1,1 @@
+"""Learning agents for SISSUnlearn-v0: ``python -m agents.train``."""

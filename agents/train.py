@@ -1,0 +1,125 @@
+"""Train a PPO agent: ``python -m agents.train --task mnist-trousers``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from stable_baselines3 import PPO
+from stable_baselines3 import __version__ as sb3_version
+from stable_baselines3.common.callbacks import CallbackList, CheckpointCallback, EvalCallback, ProgressBarCallback
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+
+import unlearn_gym
+from agents.callbacks import UnlearnScalars
+from agents.config import load_config
+from unlearn_gym import ENV_ID
+from unlearn_gym.errors import UnlearnGymError
+from unlearn_gym.models.weights import sha256
+
+FIRST_TRAINING_SEED = 1_000_000
+"""Training seeds begin here and validation seeds at twice that; a comparison's begin at 0."""
+FIRST_VALIDATION_SEED = 2 * FIRST_TRAINING_SEED
+
+
+def make_env(task: str, options: dict[str, Any], threads: int | None) -> Callable[[], gym.Env[Any, Any]]:
+    """A picklable maker of one monitored environment whose actions are rescaled to [-1, 1]."""
+
+    def make() -> gym.Env[Any, Any]:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        env = gym.make(f"unlearn_gym:{ENV_ID}", task=task, **options)
+        return Monitor(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
+
+    return make
+
+
+def make_vec_env(task: str, options: dict[str, Any], n_envs: int, seed: int) -> VecEnv:
+    """``n_envs`` processes of one thread each, or this process for a single environment."""
+    if n_envs == 1:
+        env: VecEnv = DummyVecEnv([make_env(task, options, None)])
+    else:
+        env = SubprocVecEnv([make_env(task, options, 1) for _ in range(n_envs)], start_method="forkserver")
+    env.seed(seed)
+    return env
+
+
+def train(
+    task: str = "mnist-trousers",
+    reward: Annotated[str, tyro.conf.arg(help="'siss' (the paper's) or 'potential'")] = "siss",
+    seed: int = 0,
+    timesteps: Annotated[int | None, tyro.conf.arg(help="default: n_timesteps of the config")] = None,
+    n_envs: Annotated[int | None, tyro.conf.arg(help="worker processes; default: n_envs of the config")] = None,
+    config: Annotated[Path | None, tyro.conf.arg(help="default: configs/agents/ppo.yml")] = None,
+    out: Annotated[Path | None, tyro.conf.arg(help="default: runs/agents/TASK-REWARD-SEED")] = None,
+    eval_episodes: Annotated[int, tyro.conf.arg(help="episodes a validation, on held-out seeds")] = 5,
+    eval_every: Annotated[int, tyro.conf.arg(help="environment steps between validations")] = 9600,
+) -> Path:
+    """Train PPO on SISSUnlearn-v0; writes agent.zip, best_model.zip, checkpoints, curves and a manifest."""
+    settings = load_config(task, config)
+    total, workers = timesteps or settings.n_timesteps, n_envs or settings.n_envs
+    folder = out or Path("runs/agents") / f"{task}-{reward}-{seed}"
+    options = {"reward": reward}
+    make_env(task, options, None)().close()  # a bad task or option fails here, in one line
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    first_seed = FIRST_TRAINING_SEED + seed * 1000
+    env = make_vec_env(task, options, workers, first_seed)
+    validation = make_vec_env(task, options, 1, FIRST_VALIDATION_SEED)
+    agent = PPO(
+        env=env, seed=first_seed, tensorboard_log=str(folder / "tensorboard"), device="cpu", **settings.ppo_arguments()
+    )  # fmt: skip
+    started = time.perf_counter()
+    try:
+        callbacks = _callbacks(folder, validation, eval_episodes, max(eval_every // workers, 1))
+        agent.learn(total_timesteps=total, callback=callbacks, tb_log_name="ppo")
+    finally:
+        env.close()
+        validation.close()
+    path = folder / "agent.zip"
+    agent.save(path)
+    manifest = {
+        "command": shlex.join(["python", "-m", "agents.train", *sys.argv[1:]]), "task": task, "reward": reward,
+        "seed": seed, "training_seeds_from": first_seed, "validation_seeds_from": FIRST_VALIDATION_SEED,
+        "timesteps": agent.num_timesteps, "n_envs": workers, "config": settings.model_dump(),
+        "seconds": round(time.perf_counter() - started, 1),
+        "mean_return_last_100": float(np.mean([info["r"] for info in agent.ep_info_buffer or ()] or [np.nan])),
+        "versions": {"unlearn_gym": unlearn_gym.__version__, "stable_baselines3": sb3_version},
+        "sha256": sha256(path),
+    }  # fmt: skip
+    path.with_suffix(".json").write_text(json.dumps(manifest, indent=2) + "\n")
+    print(f"{path}: {agent.num_timesteps} steps in {manifest['seconds']} s")
+    return path
+
+
+def _callbacks(folder: Path, validation: VecEnv, eval_episodes: int, every: int) -> CallbackList:
+    """Curves, checkpoints, validation on held-out seeds and a progress bar; ``every`` in steps of the vector."""
+    evaluate = EvalCallback(
+        validation, best_model_save_path=str(folder), log_path=str(folder), n_eval_episodes=eval_episodes,
+        eval_freq=every, verbose=0, warn=False,
+    )  # fmt: skip
+    checkpoint = CheckpointCallback(every, str(folder / "checkpoints"), name_prefix="ppo")
+    return CallbackList([UnlearnScalars(), checkpoint, evaluate, ProgressBarCallback()])
+
+
+def main() -> None:
+    """Entry point: a known error becomes one line and exit status 2."""
+    try:
+        tyro.cli(train, description=train.__doc__)
+    except UnlearnGymError as error:
+        print(f"agents.train: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Shared fixtures: one thread, so that a seed gives the same floats everywhere, and a cheap run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from unlearn_gym.run import UnlearningRun
+from unlearn_gym.tasks import get_task, load_data
+
+torch.set_num_threads(1)
+
+TASKS = ("gaussians-2d", "mnist-trousers")
+
+
+@pytest.fixture
+def make_run() -> Callable[..., UnlearningRun]:
+    def make(task: str = "gaussians-2d", seed: int = 0, **options: Any) -> UnlearningRun:
+        chosen = get_task(task)
+        settings = chosen.settings.override(**options)
+        return UnlearningRun(
+            chosen.pretrained_model(), load_data(chosen), chosen.schedule.alphas_cumprod(), settings, seed
+        )
+
+    return make

@@ -1,0 +1,123 @@
+"""The comparison: resume, parallel cells, report, and bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from unlearn_gym.errors import PolicyError, ResultsError, SettingsError
+from unlearn_gym.evaluation.comparison import FINETUNE, ORACLE, UNTOUCHED, Comparison, load_results, run_comparison
+from unlearn_gym.evaluation.metrics import EvaluationSettings
+from unlearn_gym.evaluation.report import paired_rows, per_seed, summary_rows, verdict, write_report
+
+TIMES = ("env_seconds", "policy_seconds", "evaluation_seconds")
+
+
+def small(policies=("static:0.3", "prior", FINETUNE), seeds=(0, 1), **options) -> Comparison:
+    return Comparison("gaussians-2d", policies, seeds, {"horizon": 6, **options}, EvaluationSettings(250, 250))
+
+
+def without_times(results):
+    return [{k: v for k, v in cell.items() if k not in TIMES} for cell in results["cells"]]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("comparison")
+    return run_comparison(small(), out, command="test"), out
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path):
+    seen = []
+
+    def interrupt(cell, done, total):
+        seen.append(cell["policy"])
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_comparison(small(), tmp_path, progress=interrupt)
+    assert not (tmp_path / "results.json").exists()
+    again = []
+    results = run_comparison(small(), tmp_path, progress=lambda cell, done, total: again.append(done))
+    assert again == list(range(1, 9))
+    assert without_times(results) == without_times(finished[0])
+
+
+def test_two_processes_give_the_cells_of_one(finished, tmp_path):
+    results = run_comparison(small(), tmp_path, jobs=2)
+    assert without_times(results) == without_times(finished[0])
+
+
+def test_cells_of_other_settings_are_run_again(finished, tmp_path):
+    run_comparison(small(seeds=(0,)), tmp_path)
+    first = {p.name: json.loads(p.read_text())["key"] for p in (tmp_path / "cells").iterdir()}
+    run_comparison(small(seeds=(0,), learning_rate=1e-3), tmp_path)
+    second = {p.name: json.loads(p.read_text())["key"] for p in (tmp_path / "cells").iterdir()}
+    assert first.keys() == second.keys()
+    assert not set(first.values()) & set(second.values())
+
+
+def test_a_damaged_cell_is_run_again(finished, tmp_path):
+    run_comparison(small(seeds=(0,)), tmp_path)
+    next((tmp_path / "cells").iterdir()).write_text("{")
+    assert len(run_comparison(small(seeds=(0,)), tmp_path)["cells"]) == 5
+
+
+def test_report_holds_every_policy_and_rebuilds_from_the_file(finished, tmp_path):
+    results, out = finished
+    path = write_report(load_results(out), tmp_path)
+    text = path.read_text()
+    for policy in (UNTOUCHED, ORACLE, FINETUNE, "static:0.3", "prior"):
+        assert f"| {policy} |" in text
+    for picture in ("front", "lambdas", "samples"):
+        assert (tmp_path / f"{picture}.png").stat().st_size > 5000
+    assert len(summary_rows(results)[1]) == 5
+    assert len(paired_rows(results)[1]) == 2
+    assert any("Forgot most" in line for line in verdict(results))
+
+
+def test_curves_are_written_for_every_run(finished):
+    _, out = finished
+    assert len(list((out / "tensorboard").glob("*/events.out.tfevents.*"))) >= 6
+
+
+def test_finetuning_draws_no_forget_data(finished):
+    results, _ = finished
+    cell = next(c for c in results["cells"] if c["policy"] == FINETUNE)
+    assert set(cell["trace"]["lambda_"]) == {0.0}
+    assert set(cell["trace"]["forget_multiplier"]) == {0.0}
+
+
+def test_a_diverged_run_is_reported_without_figures(tmp_path):
+    comparison = small(("static:0.3",), (0,), optimizer="sgd", learning_rate=1e30, max_grad_norm=None)
+    results = run_comparison(comparison, tmp_path)
+    cell = next(c for c in results["cells"] if c["policy"] == "static:0.3")
+    assert cell["diverged"]
+    assert per_seed(results, "static:0.3", "retain_loss") == {}
+    assert "| static:0.3 | 1 | – |" in write_report(results, tmp_path).read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"policies": ()}, ResultsError, "policies is empty"),
+        ({"seeds": ()}, ResultsError, "seeds is empty"),
+        ({"seeds": (1, 1)}, ResultsError, "seeds names 1 twice"),
+        ({"policies": ("statik:0.1",)}, PolicyError, "did you mean 'static'"),
+        ({"horizont": 3}, SettingsError, "did you mean 'horizon'"),
+    ],
+)
+def test_bad_input_fails_before_anything_runs(changes, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        run_comparison(small(**changes), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_and_damaged_results_are_named(tmp_path):
+    with pytest.raises(ResultsError, match=r"no results\.json"):
+        load_results(tmp_path)
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(ResultsError, match="damaged"):
+        load_results(tmp_path)

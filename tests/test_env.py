@@ -1,0 +1,245 @@
+"""The environment: both checkers, determinism, its contract, and bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env as gymnasium_check
+from gymnasium.wrappers import RescaleAction
+from stable_baselines3.common.env_checker import check_env as sb3_check
+
+import unlearn_gym
+from unlearn_gym.errors import ActionError, SettingsError, TaskError
+from unlearn_gym.run import UnlearningRun
+from unlearn_gym.tasks import get_task, load_data
+
+from .conftest import TASKS
+
+
+def make(task: str = "gaussians-2d", **options):
+    return gym.make(unlearn_gym.ENV_ID, task=task, **options)
+
+
+def rollout(env, actions, seed):
+    rows = [env.reset(seed=seed)[0]]
+    for action in actions:
+        obs, reward, terminated, truncated, info = env.step(action)
+        rows.append(np.array([*obs, reward, terminated, truncated, info["terms"]["update_norm"]]))
+    return rows
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_gymnasium_checker_passes_with_no_warning_but_its_advice_on_action_ranges(task):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gymnasium_check(make(task, horizon=3).unwrapped)
+    messages = [str(w.message) for w in caught]
+    assert all("we recommend using a symmetric and normalized space" in m for m in messages), messages
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_sb3_checker_passes_with_no_warning_once_actions_are_rescaled(task):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sb3_check(RescaleAction(make(task, horizon=3), np.float32(-1), np.float32(1)))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_sb3_checker_passes_on_the_environment_itself(task):
+    with pytest.warns(UserWarning, match="symmetric and normalized Box action space"):
+        sb3_check(make(task, horizon=3))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_same_seed_gives_the_same_episode_in_two_environments(task):
+    actions = np.linspace(0.1, 0.9, 4)
+    for a, b in zip(rollout(make(task), actions, 11), rollout(make(task), actions, 11), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_reseeding_equals_a_fresh_environment():
+    env = make()
+    rollout(env, [0.2] * 7, 1)
+    for a, b in zip(rollout(env, [0.4] * 5, 2), rollout(make(), [0.4] * 5, 2), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_an_unseeded_reset_begins_another_episode():
+    env = make()
+    env.reset(seed=0)
+    first = env.step(0.5)[0]
+    env.reset()
+    assert not np.array_equal(first, env.step(0.5)[0])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_environment_equals_a_plain_loop_over_the_run(task):
+    env = make(task)
+    env.reset(seed=4)
+    chosen = get_task(task)
+    run = UnlearningRun(chosen.pretrained_model(), load_data(chosen), chosen.schedule.alphas_cumprod(), chosen.settings)
+    run.seed(int(np.random.Generator(np.random.PCG64(np.random.SeedSequence(4))).integers(2**32)))
+    for lambda_ in (0.5, 0.2, 0.7):
+        _, reward, _, _, info = env.step(lambda_)
+        terms = run.update(lambda_)
+        np.testing.assert_equal(info["terms"], terms.as_dict())
+        assert info["reward_terms"]["siss"] == -terms.siss_loss
+        assert reward == sum(info["reward_terms"].values())
+
+
+def test_observation_holds_what_design_says():
+    env = make()
+    obs, info = env.reset(seed=0)
+    constants, run = get_task("gaussians-2d").constants, env.unwrapped.run
+    expected = math.log(info["terms"]["forget_loss"] / (constants.forget_loss * run.forget_coef))
+    assert obs[1] == pytest.approx(expected, rel=1e-4)
+    assert list(obs[4:]) == [0.5, 0.0]
+    obs, _, _, _, info = env.step(np.array([0.8], dtype=np.float32))
+    assert obs[4] == np.float32(0.8)
+    assert obs[5] == pytest.approx(1 / 60)
+    assert info["reward_terms"]["smoothness"] == pytest.approx(-0.1 * 0.3**2, rel=1e-4)
+    raw = make(normalize_features=False)
+    raw_obs, info = raw.reset(seed=0)
+    assert raw_obs[0] == pytest.approx(info["terms"]["retain_loss"], rel=1e-6)
+
+
+def test_the_horizon_terminates_and_a_step_beyond_it_is_refused():
+    env = make(horizon=3).unwrapped
+    env.reset(seed=0)
+    ends = [env.step(0.5)[2:4] for _ in range(3)]
+    assert ends == [(False, False), (False, False), (True, False)]
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step(0.5)
+
+
+def test_divergence_ends_the_episode_cleanly_and_harms_no_other():
+    env, other = (make(optimizer="sgd", learning_rate=lr, max_grad_norm=None) for lr in (1e30, 1e-3))
+    env.reset(seed=0)
+    other.reset(seed=0)
+    terminated, steps = False, 0
+    while not terminated:
+        obs, reward, terminated, truncated, info = env.step(0.5)
+        steps += 1
+        assert env.observation_space.contains(obs)
+        assert math.isfinite(reward)
+    assert info["diverged"]
+    assert not truncated
+    assert steps < 60
+    assert reward == -env.unwrapped.settings.divergence_penalty
+    assert math.isfinite(other.step(0.5)[1])
+    obs, info = env.reset(seed=1)
+    assert not info["diverged"]
+    assert env.observation_space.contains(obs)
+
+
+@pytest.mark.parametrize("reward", ["siss", "potential"])
+@pytest.mark.parametrize("features", ["lagged", "fresh"])
+def test_every_form_of_reward_and_features_stays_in_its_spaces(reward, features):
+    env = make(reward=reward, features=features)
+    env.reset(seed=0)
+    for lambda_ in (0.1, 0.5, 0.9):
+        obs, value, *_ = env.step(lambda_)
+        assert env.observation_space.contains(obs)
+        assert math.isfinite(value)
+
+
+def test_potential_rewards_telescope_to_the_potential():
+    env = make(reward="potential", smoothness_coef=0.0).unwrapped
+    env.reset(seed=0)
+    total = sum(env.step(0.5)[1] for _ in range(20))
+    f0, r0 = env._start_potential
+    forget, retain = env.run.probe_losses()
+    cap = env.task.constants.unseen_forget_loss
+    expected = (min(forget, cap) - f0) / (cap - f0) - 10.0 * max(0.0, retain / r0 - 1.0)
+    assert total == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("action", [0.05, 0.95, float("nan"), [0.5, 0.5], [[0.5]], []])
+def test_a_bad_action_is_named_and_changes_nothing(action):
+    env = make().unwrapped
+    env.reset(seed=0)
+    with pytest.raises(ActionError, match=r"λ=|shape"):
+        env.step(action)
+    assert env.run.updates == 0
+
+
+def test_float32_bounds_of_the_action_space_are_valid_actions():
+    env = make().unwrapped
+    env.reset(seed=0)
+    for bound in (env.action_space.low, env.action_space.high):
+        env.step(bound)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "mnist-trouser"}, "did you mean 'mnist-trousers'"),
+        ({"horizont": 5}, "did you mean 'horizon'"),
+        ({"horizon": 0}, "horizon=0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"lambda_min": 0.9, "lambda_max": 0.2}, "lambda_min=0.9 must be below"),
+        ({"lambda_init": 0.95}, "lambda_init=0.95 must lie in"),
+        ({"device": "warp"}, "device 'warp'"),
+        ({"forget_grad_rule": "none"}, "forget_grad_rule='none'"),
+        ({"render_mode": "human"}, "render_mode='human'"),
+        ({"reward": "potential", "potential_cap": 0.01}, "potential_cap=0.01"),
+    ],
+)
+def test_bad_options_are_one_line_with_value_and_remedy(options, message):
+    from unlearn_gym.envs import SISSUnlearnEnv
+
+    with pytest.raises((SettingsError, TaskError), match=message) as caught:
+        SISSUnlearnEnv(**{"task": "gaussians-2d", **options}).reset(seed=0)
+    assert "\n" not in str(caught.value)
+
+
+def test_spec_survives_json_and_pickle():
+    env = make(horizon=5, smoothness_coef=0.2)
+    spec = gym.envs.registration.EnvSpec.from_json(env.spec.to_json())
+    assert json.loads(env.spec.to_json())["kwargs"]["horizon"] == 5
+    copies = [gym.make(spec), gym.make(pickle.loads(pickle.dumps(env.spec)))]
+    expected = rollout(env, [0.3, 0.6], 0)
+    for copy in copies:
+        for a, b in zip(rollout(copy, [0.3, 0.6], 0), expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_the_module_prefix_registers_on_demand():
+    assert gym.make("unlearn_gym:SISSUnlearn-v0", task="gaussians-2d").spec.id == unlearn_gym.ENV_ID
+    before = dict(gym.registry)
+    unlearn_gym.register_envs()
+    assert gym.registry == before
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_frame_is_a_picture_that_changes_with_the_run(task):
+    env = make(task, render_mode="rgb_array")
+    env.reset(seed=0)
+    first = env.render()
+    env.step(0.7)
+    second = env.render()
+    assert first.shape == (540, 960, 3)
+    assert first.dtype == np.uint8
+    assert (first != second).any()
+    assert first.std() > 10
+
+
+def test_rendering_does_not_change_the_run():
+    env, other = make(render_mode="rgb_array"), make()
+    env.reset(seed=0)
+    other.reset(seed=0)
+    env.render()
+    np.testing.assert_array_equal(env.step(0.5)[0], other.step(0.5)[0])
+
+
+def test_gymnasium_vector_environments_work():
+    env = gym.make_vec(unlearn_gym.ENV_ID, num_envs=2, task="gaussians-2d", vectorization_mode="sync")
+    obs, _ = env.reset(seed=0)
+    single = make().reset(seed=1)[0]
+    np.testing.assert_array_equal(obs[1], single)

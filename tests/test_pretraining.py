@@ -1,0 +1,192 @@
+"""Pretraining, weights and the assets that ship."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from unlearn_gym.calibration import calibrate
+from unlearn_gym.errors import DataError, SettingsError, TaskError, WeightsError
+from unlearn_gym.models import MLPConfig, UNetConfig, build_network
+from unlearn_gym.models.classifier import CLASSIFIER_WEIGHTS
+from unlearn_gym.models.weights import load_weights, read_tensors, save_weights, sha256
+from unlearn_gym.pretraining import Pretraining, PretrainSettings, one_cycle, pretrain, training_samples
+from unlearn_gym.tasks import TaskData, get_task, load_data, register_task
+from unlearn_gym.tasks.mnist import NUM_FORGET, TROUSERS_LABEL
+
+from .conftest import TASKS
+
+TASK = get_task("gaussians-2d")
+SETTINGS = PretrainSettings(updates=40, batch_size=16, checkpoint_every=20)
+
+
+def test_resumed_pretraining_equals_uninterrupted(tmp_path):
+    data = load_data(TASK)
+    samples = training_samples(data, retain_only=False)
+    whole = Pretraining(TASK, *samples, SETTINGS)
+    for _ in range(40):
+        whole.update()
+    half = Pretraining(TASK, *samples, SETTINGS)
+    for _ in range(20):
+        half.update()
+    half.save(tmp_path / "checkpoint.safetensors")
+    resumed = Pretraining(TASK, *samples, SETTINGS)
+    resumed.load(tmp_path / "checkpoint.safetensors")
+    for _ in range(20):
+        resumed.update()
+    assert torch.equal(whole.flat.vector, resumed.flat.vector)
+    assert torch.equal(whole.ema, resumed.ema)
+
+
+def test_pretrain_writes_weights_manifest_and_curves(tmp_path):
+    manifest = pretrain(TASK, load_data(TASK), SETTINGS, tmp_path, retain_only=True, command="test")
+    assert manifest == json.loads((tmp_path / "oracle.json").read_text())
+    assert manifest["sha256"] == sha256(tmp_path / "oracle.safetensors")
+    assert manifest["num_samples"] == 7000
+    assert list((tmp_path / "tensorboard").rglob("events.*"))
+    load_weights(TASK.build_model(), tmp_path / "oracle.safetensors")
+    again = pretrain(TASK, load_data(TASK), SETTINGS, tmp_path, retain_only=True)
+    assert (again["sha256"], again["updates_this_session"]) == (manifest["sha256"], 0)
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    save_weights(tmp_path / "c.safetensors", {"vector": torch.zeros(3)})
+    training = Pretraining(TASK, *training_samples(load_data(TASK), retain_only=True), SETTINGS)
+    with pytest.raises(WeightsError, match="another network"):
+        training.load(tmp_path / "c.safetensors")
+
+
+def test_one_cycle_rises_then_falls_to_zero():
+    values = [one_cycle(i / 100) for i in range(101)]
+    assert max(values) == values[10] == 1.0
+    assert values[-1] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("name", ["pretrained", "oracle"])
+def test_shipped_weights_are_those_of_their_manifest(task, name):
+    chosen = get_task(task)
+    manifest = json.loads((chosen.assets / f"{name}.json").read_text())
+    assert manifest["sha256"] == sha256(chosen.assets / f"{name}.safetensors")
+    assert manifest["network"] == chosen.network.model_dump(mode="json")
+    assert manifest["schedule"] == chosen.schedule.model_dump()
+    assert manifest["retain_only"] == (name == "oracle")
+    assert manifest["command"].startswith("unlearn-gym pretrain")
+
+
+def test_shipped_classifier_is_that_of_its_manifest():
+    assert json.loads(CLASSIFIER_WEIGHTS.with_suffix(".json").read_text())["sha256"] == sha256(CLASSIFIER_WEIGHTS)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_shipped_constants_are_what_a_measurement_gives(task):
+    chosen = get_task(task)
+    measured = calibrate(chosen, load_data(chosen), num_batches=64, seed=1)
+    for name in ("retain_loss", "forget_loss", "retain_grad_norm", "forget_grad_norm"):
+        assert getattr(measured, name) == pytest.approx(getattr(chosen.constants, name), rel=0.3)
+
+
+def test_shipped_mnist_is_what_design_says():
+    data = load_data(get_task("mnist-trousers"))
+    assert data.forget.shape == (NUM_FORGET, 1, 28, 28)
+    assert (data.forget_labels == TROUSERS_LABEL).all()
+    assert data.retain.shape == (10_000, 1, 28, 28)
+    assert data.retain_labels.bincount().min() > 800
+    assert len(data.heldout) == 10_000
+
+
+def test_too_few_calibration_batches_are_refused():
+    with pytest.raises(SettingsError, match="num_batches=8"):
+        calibrate(TASK, load_data(TASK), num_batches=8)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "garbage", "other network", "not finite", "extra"])
+def test_bad_weights_are_named_and_leave_the_model_alone(damage, tmp_path):
+    model = build_network(MLPConfig())
+    path = tmp_path / "w.safetensors"
+    tensors = {k: v.clone() for k, v in model.state_dict().items()}
+    if damage == "other network":
+        tensors = build_network(MLPConfig(hidden=(32,))).state_dict()
+    elif damage == "not finite":
+        tensors["net.0.bias"][0] = float("nan")
+    elif damage == "extra":
+        tensors["more"] = torch.zeros(1)
+    if damage != "missing":
+        save_weights(path, tensors)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "garbage":
+        path.write_bytes(b"\x00" * 64)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(WeightsError, match=r"w\.safetensors") as caught:
+        load_weights(model, path)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_weights_round_trip_and_leave_no_partial_file(tmp_path):
+    model = build_network(UNetConfig(channels=(8, 16), num_blocks=1))
+    save_weights(tmp_path / "w.safetensors", model.state_dict())
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in read_tensors(tmp_path / "w.safetensors").items())
+
+
+@pytest.mark.parametrize("change", [{"forget": torch.zeros(0, 2)}, {"retain": torch.zeros(0, 2)}])
+def test_an_empty_set_is_refused(change):
+    sets = {"retain": torch.zeros(3, 2), "forget": torch.zeros(3, 2), "heldout": torch.zeros(3, 2)}
+    with pytest.raises(DataError, match="set is empty"):
+        TaskData(**{**sets, **change})
+
+
+def test_data_that_does_not_fit_together_is_refused():
+    with pytest.raises(DataError, match="must agree"):
+        TaskData(torch.zeros(3, 2), torch.zeros(3, 5), torch.zeros(3, 2))
+    with pytest.raises(DataError, match="not finite"):
+        TaskData(torch.zeros(3, 2), torch.full((3, 2), torch.nan), torch.zeros(3, 2))
+    with pytest.raises(DataError, match="give labels for all sets or for none"):
+        TaskData(torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64))
+
+
+def test_a_missing_data_root_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"data root .* is not a folder"):
+        load_data(get_task("mnist-trousers"), tmp_path / "nothing")
+    with pytest.raises(DataError, match="no usable MNIST under"):
+        load_data(get_task("mnist-trousers"), tmp_path)
+
+
+def test_the_full_data_is_read_through_torchvision(tmp_path):
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for split, n in (("train", 50), ("t10k", 20)):
+        images = torch.arange(n * 784, dtype=torch.int64).remainder(256).to(torch.uint8)
+        header = (2051).to_bytes(4, "big") + b"".join(v.to_bytes(4, "big") for v in (n, 28, 28))
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(header + images.numpy().tobytes())
+        labels = bytes(i % 10 for i in range(n))
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes((2049).to_bytes(4, "big") + n.to_bytes(4, "big") + labels)
+    data = load_data(get_task("mnist-trousers"), tmp_path)
+    assert (len(data.retain), len(data.heldout), len(data.forget)) == (50, 20, NUM_FORGET)
+    assert data.retain[1, 0, 0, 0] == 784 % 256
+
+
+def test_a_task_of_ones_own_runs_and_a_name_is_taken_once(tmp_path):
+    from unlearn_gym.envs import SISSUnlearnEnv
+
+    mine = dataclasses.replace(TASK, name="mine", network=lambda: build_network(MLPConfig()))
+    register_task(mine)
+    register_task(mine)
+    with pytest.raises(TaskError, match="'mine' is registered"):
+        register_task(dataclasses.replace(mine, description="another"))
+    env = SISSUnlearnEnv("mine", horizon=2)
+    env.reset(seed=0)
+    assert env.step(0.5)[0].shape == (6,)
+    bare = dataclasses.replace(mine, name="bare", assets=tmp_path)
+    with pytest.raises(WeightsError, match="task 'bare': no weights at"):
+        bare.pretrained_model()
+    with pytest.raises(TaskError, match="calibrate --task bare"):
+        _ = bare.constants
+    (tmp_path / "constants.json").write_text('{"retain_loss": -1}')
+    with pytest.raises(TaskError, match="measure it again"):
+        _ = dataclasses.replace(bare).constants

@@ -1,0 +1,192 @@
+"""The live run: its update against a plain loop, its streams, its snapshots."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from unlearn_gym import siss
+from unlearn_gym.errors import RunError
+from unlearn_gym.models.flat import FlatParameters
+from unlearn_gym.run import dataset_factors
+from unlearn_gym.tasks import get_task
+
+ALPHAS = get_task("gaussians-2d").schedule.alphas_cumprod()
+
+
+def plain_update(model, optimizer, run, generator, lambda_, settings):
+    """The SISS update as a plain training loop writes it, for comparison."""
+    b = run.draw(generator)
+    x_t, k = siss.sample_mixture(b.retain, b.forget, b.noise, b.timesteps, run.alphas_cumprod, lambda_, generator)
+    labels = None if b.retain_labels is None else siss.mixture_labels(k, b.retain_labels, b.forget_labels)
+    pred = model(x_t, b.timesteps, None if labels is None else labels.drawn)
+    w_r, w_f = siss.importance_weights(x_t, b.retain, b.forget, b.timesteps, run.alphas_cumprod, lambda_, labels=labels)
+    a = run.alphas_cumprod[b.timesteps].view(-1, *(1,) * (x_t.dim() - 1))
+    eps = [(x_t - a.sqrt() * x) / (1 - a).sqrt() for x in (b.retain, b.forget)]
+    errors = [(pred - e).square().flatten(1).mean(1) for e in eps]
+    c_r, c_f = dataset_factors(settings.dataset_factors, len(run.data.retain), len(run.data.forget))
+    loss_r, loss_f = c_r * (w_r * errors[0]).mean(), c_f * (w_f * errors[1]).mean()
+    parameters = list(model.parameters())
+    g_r = torch.autograd.grad(loss_r, parameters, retain_graph=True)
+    g_f = torch.autograd.grad(loss_f, parameters)
+    norm_r, norm_f = (torch.sqrt(sum(g.square().sum() for g in gs)) for gs in (g_r, g_f))
+    scale = settings.forget_scale
+    if settings.forget_grad_rule != "loss":
+        scale = settings.forget_grad_norm * (norm_r if settings.forget_grad_rule == "relative_norm" else 1.0) / norm_f
+    for p, r, f in zip(parameters, g_r, g_f, strict=True):
+        p.grad = r - scale * f
+    if settings.max_grad_norm is not None:
+        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+    optimizer.step()
+    return loss_r, loss_f, norm_r, norm_f
+
+
+@pytest.mark.parametrize("task", ["gaussians-2d", "mnist-trousers"])
+@pytest.mark.parametrize("rule", ["loss", "fixed_norm", "relative_norm"])
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_update_equals_a_plain_training_loop(make_run, task, rule, clip):
+    run = make_run(task, seed=3, forget_grad_rule=rule, max_grad_norm=clip, optimizer="sgd", learning_rate=0.01)
+    model = copy.deepcopy(run.model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    generator = torch.Generator().manual_seed(3)
+    for lambda_ in (0.2, 0.5, 0.8):
+        expected = plain_update(model, optimizer, run, generator, lambda_, run.settings)
+        terms = run.update(lambda_)
+        found = (terms.retain_loss, terms.forget_loss, terms.retain_grad_norm, terms.forget_grad_norm)
+        np.testing.assert_allclose(found, [e.item() for e in expected], rtol=2e-3)
+    for found, expected in zip(run.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_flat_optimizer_equals_the_per_parameter_one(make_run, optimizer):
+    run = make_run(optimizer=optimizer, learning_rate=1e-3, max_grad_norm=None, forget_grad_rule="loss")
+    model = copy.deepcopy(run.model)
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]
+    twin = kind(model.parameters(), lr=1e-3, weight_decay=0.0)
+    for _ in range(5):
+        run.update(0.5)
+        views = run.flat.gradient_views(run.retain_grad)
+        for p, g in zip(model.parameters(), views, strict=True):
+            p.grad = g.clone()
+        twin.step()
+    for found, expected in zip(run.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", ["gaussians-2d", "mnist-trousers"])
+def test_restored_run_continues_bit_for_bit(make_run, task):
+    run = make_run(task)
+    for _ in range(3):
+        run.update(0.4)
+    snapshot = run.snapshot()
+    first = [run.update(0.6) for _ in range(3)] + [run.measure(0.5)]
+    weights = run.flat.vector.detach().clone()
+    run.restore(snapshot)
+    second = [run.update(0.6) for _ in range(3)] + [run.measure(0.5)]
+    assert torch.equal(weights, run.flat.vector)
+    assert run.updates == 6
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_equal(a.as_dict(), b.as_dict())
+
+
+def test_snapshot_restores_into_another_run(make_run):
+    run, other = make_run(seed=0), make_run(seed=9)
+    for _ in range(4):
+        run.update(0.3)
+    other.restore(run.snapshot())
+    np.testing.assert_equal(run.update(0.7).as_dict(), other.update(0.7).as_dict())
+    assert torch.equal(run.flat.vector, other.flat.vector)
+
+
+def test_update_batches_do_not_depend_on_lambda_or_on_measurements(make_run):
+    run, other = make_run(seed=5), make_run(seed=5)
+    for _ in range(3):
+        run.update(0.2)
+        other.update(0.8)
+        other.measure(0.5)
+        other.measure_unweighted()
+    a, b = run.draw(run.generator), other.draw(other.generator)
+    assert torch.equal(a.retain, b.retain)
+    assert torch.equal(a.noise, b.noise)
+    assert torch.equal(a.timesteps, b.timesteps)
+
+
+def test_measure_changes_nothing_but_its_own_stream(make_run):
+    run, other = make_run(seed=5), make_run(seed=5)
+    before = run.flat.vector.detach().clone()
+    run.measure(0.5)
+    assert torch.equal(before, run.flat.vector)
+    np.testing.assert_equal(run.update(0.5).as_dict(), other.update(0.5).as_dict())
+
+
+def test_nothing_touches_the_global_generators(make_run):
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002 - the legacy global state is what is tested
+    run = make_run()
+    torch.manual_seed(1)
+    run.update(0.5)
+    run.measure_unweighted()
+    assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(1)))
+
+
+def test_weighted_terms_are_unbiased_estimates_of_the_unweighted_ones(make_run):
+    run = make_run(batch_size=4096)
+    unweighted = np.mean([run.measure_unweighted()[:2] for _ in range(8)], axis=0)
+    for lambda_ in (0.2, 0.8):
+        terms = [run.measure(lambda_) for _ in range(8)]
+        weighted = [np.mean([t.retain_loss for t in terms]), np.mean([t.forget_loss for t in terms])]
+        np.testing.assert_allclose(weighted, unweighted, rtol=0.06)
+
+
+def test_statistics_of_the_weights_are_within_their_ranges(make_run):
+    run = make_run()
+    for lambda_ in (0.1, 0.5, 0.9):
+        terms = run.update(lambda_)
+        assert 0 < terms.retain_weight_max <= 1 / (1 - lambda_) + 1e-3
+        assert 0 <= terms.forget_weight_max <= 1 / lambda_ + 1e-2
+        assert 0 <= terms.forget_ess <= 16 + 1e-3
+        assert 1 - 1e-3 <= terms.retain_ess <= 16 + 1e-3
+        assert 0 <= terms.negligible_fraction <= 1
+        assert set(terms.lambda_gradients) == {"pathwise", "score_function", "kl_only", "variance"}
+
+
+def test_dataset_factors_are_those_of_their_sources():
+    assert dataset_factors("siss", 600, 60) == (660 / 600, 60 / 600)
+    assert dataset_factors("inverse_size", 600, 60) == (660 / 600, 660 / 60)
+    assert dataset_factors("none", 600, 60) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("lambda_", [-0.1, 1.1, float("nan")])
+def test_lambda_out_of_range_is_named_and_changes_nothing(make_run, lambda_):
+    run = make_run()
+    before = run.snapshot()
+    with pytest.raises(RunError, match=r"lambda_=.* must lie in \[0, 1\]"):
+        run.update(lambda_)
+    assert torch.equal(before.generators[0], run.generator.get_state())
+    assert torch.equal(before.vector, run.flat.vector)
+
+
+def test_a_diverged_run_says_so_and_restores(make_run):
+    run = make_run(optimizer="sgd", learning_rate=1e30, max_grad_norm=None)
+    start = run.snapshot()
+    while not run.update(0.5).diverged:
+        assert run.updates < 20
+    with pytest.raises(RunError, match="restore a snapshot"):
+        run.update(0.5)
+    run.restore(start)
+    assert torch.isfinite(run.flat.vector).all()
+    assert np.isfinite(run.measure(0.5).siss_loss)
+
+
+def test_flat_parameters_are_views_in_both_layouts():
+    conv = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    expected = conv.weight.detach().clone()
+    flat = FlatParameters(conv)
+    assert torch.equal(conv.weight, expected)
+    with torch.no_grad():
+        flat.vector.zero_()
+    assert conv.weight.abs().sum() == 0

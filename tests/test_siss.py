@@ -1,0 +1,157 @@
+"""Laws of the mixture, its weights and the λ-gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from unlearn_gym import siss
+from unlearn_gym.diffusion import ScheduleConfig
+
+SHAPES = [(2,), (1, 4, 4)]
+LAMBDAS = [0.0, 0.01, 0.3, 0.5, 0.9, 1.0]
+ALPHAS = ScheduleConfig().alphas_cumprod()
+
+
+def pairs(
+    n: int, shape: tuple[int, ...], lambda_: float, seed: int = 0, spread: float = 1.0, timestep: int | None = None
+):
+    generator = torch.Generator().manual_seed(seed)
+    retain, forget, noise = (torch.randn((n, *shape), generator=generator) for _ in range(3))
+    timesteps = torch.randint(len(ALPHAS), (n,), generator=generator)
+    if timestep is not None:
+        timesteps = torch.full((n,), timestep)
+    x_t, k = siss.sample_mixture(retain * spread, forget * spread, noise, timesteps, ALPHAS, lambda_, generator)
+    return retain * spread, forget * spread, noise, timesteps, x_t, k
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("lambda_", LAMBDAS)
+def test_weights_obey_their_identities(shape, lambda_):
+    retain, forget, _, timesteps, x_t, _ = pairs(512, shape, lambda_)
+    w_r, w_f = siss.importance_weights(x_t, retain, forget, timesteps, ALPHAS, lambda_)
+    assert torch.isfinite(w_r).all()
+    assert torch.isfinite(w_f).all()
+    torch.testing.assert_close((1 - lambda_) * w_r + lambda_ * w_f, torch.ones(512), rtol=1e-4, atol=1e-4)
+    if lambda_ < 1:
+        assert (w_r <= 1 / (1 - lambda_) * (1 + 1e-4)).all()
+    if lambda_ > 0:
+        assert (w_f <= 1 / lambda_ * (1 + 1e-4)).all()
+
+
+def test_weights_equal_the_ratio_of_gaussian_densities():
+    retain, forget, _, timesteps, x_t, _ = pairs(64, (2,), 0.3, timestep=800)
+    w_r, w_f = siss.importance_weights(x_t, retain, forget, timesteps, ALPHAS, 0.3)
+    alpha_bar = ALPHAS[800].double()
+
+    def density(x):
+        normal = torch.distributions.Normal(alpha_bar.sqrt() * x.double(), (1 - alpha_bar).sqrt())
+        return normal.log_prob(x_t.double()).sum(1).exp()
+
+    mixture = 0.7 * density(retain) + 0.3 * density(forget)
+    torch.testing.assert_close(w_r.double(), density(retain) / mixture, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(w_f.double(), density(forget) / mixture, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_where_labels_differ_are_exactly_those_of_separate_densities():
+    retain, forget, _, timesteps, x_t, k = pairs(256, (2,), 0.3)
+    labels = siss.mixture_labels(k, torch.zeros(256, dtype=torch.int64), torch.ones(256, dtype=torch.int64))
+    w_r, w_f = siss.importance_weights(x_t, retain, forget, timesteps, ALPHAS, 0.3, labels=labels)
+    torch.testing.assert_close(w_r, torch.where(k, 0.0, 1 / 0.7))
+    torch.testing.assert_close(w_f, torch.where(k, 1 / 0.3, 0.0))
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 1.0])
+def test_the_mixture_at_its_ends_draws_one_side_only(lambda_):
+    *_, k = pairs(1000, (2,), lambda_)
+    assert (k == bool(lambda_)).all()
+
+
+def test_mask_draws_are_coupled_across_lambda():
+    low, high = (pairs(1000, (2,), lam)[-1] for lam in (0.2, 0.6))
+    assert (high | ~low).all()
+    assert 0.5 < high.float().mean() < 0.7
+
+
+def coefficients():
+    return {"retain_coef": 1.1, "forget_coef": 0.4}
+
+
+def terms_at(lambda_: float, n: int, seed: int, spread: float = 1.0):
+    """SISS terms of a fixed nonlinear predictor, with half of the pairs sharing a label."""
+    retain, forget, _, timesteps, x_t, k = pairs(n, (2,), lambda_, seed, spread)
+    retain_labels = torch.arange(n) % 2
+    labels = siss.mixture_labels(k, retain_labels, torch.ones(n, dtype=torch.int64))
+    pred = torch.tanh(x_t) + 0.3 * labels.drawn[:, None]
+    terms = siss.siss_terms(
+        pred, x_t, retain, forget, timesteps, ALPHAS, lambda_, forget_scale=1.5, labels=labels, **coefficients()
+    )
+    return terms, k
+
+
+def losses(lambda_: float, n: int, seed: int) -> torch.Tensor:
+    terms, _ = terms_at(lambda_, n, seed)
+    c = coefficients()
+    weighted = c["retain_coef"] * terms.retain_weight * terms.retain_errors
+    return weighted - 1.5 * c["forget_coef"] * terms.forget_weight * terms.forget_errors
+
+
+def test_expected_loss_does_not_depend_on_lambda():
+    n = 200_000
+    means, errors = [], []
+    for i, lambda_ in enumerate((0.1, 0.5, 0.9)):
+        values = losses(lambda_, n, seed=i)
+        means.append(values.mean().item())
+        errors.append(values.std().item() / math.sqrt(n))
+    for mean, error in zip(means[1:], errors[1:], strict=True):
+        assert abs(mean - means[0]) < 5 * math.hypot(error, errors[0])
+
+
+def test_score_function_gradient_is_unbiased_and_pathwise_is_not():
+    n, lambda_ = 400_000, 0.4
+    terms, k = terms_at(lambda_, n, seed=3)
+    gradients = siss.lambda_gradients(terms, k, lambda_, forget_scale=1.5, **coefficients())
+    assert abs(gradients["score_function"]) < 0.05  # its expectation is 0; its standard error here about 0.01
+    assert gradients["pathwise"] > 0.5  # pushes λ down
+    assert gradients["kl_only"] == 0
+
+
+def test_pathwise_gradient_is_the_derivative_with_the_mask_fixed():
+    retain, forget, _, timesteps, x_t, k = pairs(64, (2,), 0.4)
+    pred, lam = torch.tanh(x_t), torch.tensor(0.4, requires_grad=True)
+    terms = siss.siss_terms(pred, x_t, retain, forget, timesteps, ALPHAS, lam, forget_scale=1.5, **coefficients())
+    (expected,) = torch.autograd.grad(terms.siss_loss, lam)
+    detached = siss.SISSTerms(*(t.detach() for t in terms))
+    found = siss.lambda_gradients(detached, k, 0.4, forget_scale=1.5, **coefficients())["pathwise"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_output_gradients_are_those_of_the_losses():
+    retain, forget, _, timesteps, x_t, _ = pairs(32, (1, 4, 4), 0.4)
+    pred = torch.tanh(x_t).requires_grad_()
+    terms = siss.siss_terms(pred, x_t, retain, forget, timesteps, ALPHAS, 0.4, **coefficients())
+    expected = [
+        torch.autograd.grad(loss, pred, retain_graph=True)[0] for loss in (terms.retain_loss, terms.forget_loss)
+    ]
+    torch.testing.assert_close(list(siss.output_gradients(terms, **coefficients())), expected)
+
+
+def test_second_moment_from_one_lambda_predicts_that_of_another():
+    lambdas = torch.tensor([0.2, 0.5, 0.8])
+    direct, predicted = [], []
+    for lambda_ in lambdas.tolist():
+        terms, _ = terms_at(lambda_, 400_000, seed=5)
+        squared = siss.squared_output_gradients(terms, forget_multiplier=1.5, **coefficients())
+        direct.append(squared.mean())
+        predicted.append(siss.gradient_second_moment(terms, squared, lambdas)[0])
+    for row in predicted:
+        torch.testing.assert_close(row, torch.stack(direct), rtol=0.03, atol=0)
+
+
+def test_second_moment_slope_is_the_curves_slope():
+    terms, _ = terms_at(0.4, 1000, seed=6)
+    squared = siss.squared_output_gradients(terms, forget_multiplier=1.5, **coefficients())
+    curve, slope = siss.gradient_second_moment(terms, squared, torch.tensor([0.399, 0.401]))
+    torch.testing.assert_close(slope, (curve[1] / curve[0]).log() / 0.002, rtol=1e-2, atol=1e-3)
