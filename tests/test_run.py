@@ -36,6 +36,7 @@ def plain_update(model, optimizer, run, generator, lambda_, settings):
     scale = settings.forget_scale
     if settings.forget_grad_rule != "loss":
         scale = settings.forget_grad_norm * (norm_r if settings.forget_grad_rule == "relative_norm" else 1.0) / norm_f
+        scale = scale * (w_f.max() > 1e-3)
     for p, r, f in zip(parameters, g_r, g_f, strict=True):
         p.grad = r - scale * f
     if settings.max_grad_norm is not None:
@@ -180,6 +181,16 @@ def test_a_diverged_run_says_so_and_restores(make_run):
     run.restore(start)
     assert torch.isfinite(run.flat.vector).all()
     assert np.isfinite(run.measure(0.5).siss_loss)
+
+
+@pytest.mark.parametrize("rule", ["fixed_norm", "relative_norm"])
+def test_norm_rules_do_not_blow_up_a_batch_without_forget_data(make_run, rule):
+    run = make_run("mnist-trousers", forget_grad_rule=rule, batch_size=4)
+    terms = [run.measure(0.1) for _ in range(30)]
+    silent = [t for t in terms if t.forget_weight_max < 1e-3]
+    assert silent
+    assert all(t.forget_multiplier == 0 for t in silent)
+    assert all(t.forget_multiplier > 0 for t in terms if t not in silent)
 
 
 def test_flat_parameters_are_views_in_both_layouts():

@@ -17,6 +17,9 @@ DataRoot = Annotated[
 ]
 
 
+CellProgress = Callable[[dict[str, Any] | None, int, int], None]
+
+
 def _command() -> str:
     """This invocation, as it goes into a manifest."""
     return shlex.join(["unlearn-gym", *sys.argv[1:]])
@@ -26,10 +29,12 @@ def _progress(description: str) -> Callable[[int, int, float], None]:
     """A bar for trainings: call it with (done, total, loss)."""
     from tqdm import tqdm
 
-    bar = tqdm(desc=description, unit="update", mininterval=1.0)
+    bar: Any = None
 
     def update(done: int, total: int, loss: float) -> None:
-        bar.total, bar.n = total, done
+        nonlocal bar
+        bar = bar or tqdm(desc=description, total=total, unit="update")
+        bar.n = done
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         bar.refresh()
 
@@ -199,16 +204,19 @@ def _parse_option(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _cell_progress() -> Callable[[dict[str, Any], int, int], None]:
+def _cell_progress() -> CellProgress:
     """A bar over the cells of a comparison, with a line for each finished one."""
     from tqdm import tqdm
 
-    bar = tqdm(desc="comparison", unit="run", smoothing=0)
+    bar: Any = None
 
-    def update(cell: dict[str, Any], done: int, total: int) -> None:
-        figures = "  ".join(f"{k} {v:.4g}" for k, v in cell["metrics"].items()) or "diverged"
-        bar.write(f"{cell['policy']:28s} seed {cell['seed']}  {figures}")
-        bar.total, bar.n = total, done
+    def update(cell: dict[str, Any] | None, done: int, total: int) -> None:
+        nonlocal bar
+        bar = bar or tqdm(desc="comparison", total=total, unit="run", smoothing=0)
+        if cell is not None:
+            figures = "  ".join(f"{k} {v:.4g}" for k, v in cell["metrics"].items()) or "diverged"
+            bar.write(f"{cell['policy']:28s} seed {cell['seed']}  {figures}")
+        bar.n = done
         bar.refresh()
 
     return update

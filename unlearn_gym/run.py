@@ -179,7 +179,7 @@ class UnlearningRun:
         """
         terms, from_forget = self._gradients(lambda_, self.generator)
         norms = torch.stack([self.retain_grad.norm(), self.forget_grad.norm()])
-        multiplier = self._forget_multiplier(norms)
+        multiplier = self._forget_multiplier(norms, terms.forget_weight)
         total = self.retain_grad.sub_(multiplier * self.forget_grad)
         update_norm = total.norm()
         if self.settings.max_grad_norm is not None:
@@ -192,7 +192,7 @@ class UnlearningRun:
         """The terms of a batch of the measuring stream, without an update."""
         terms, from_forget = self._gradients(lambda_, self.measure_generator)
         norms = torch.stack([self.retain_grad.norm(), self.forget_grad.norm()])
-        multiplier = self._forget_multiplier(norms)
+        multiplier = self._forget_multiplier(norms, terms.forget_weight)
         update_norm = (self.retain_grad - multiplier * self.forget_grad).norm()
         return self._report(lambda_, terms, from_forget, norms, multiplier, update_norm)
 
@@ -246,13 +246,18 @@ class UnlearningRun:
         torch.autograd.backward(output, output_grad, retain_graph=retain_graph, inputs=self.flat.parameters)
         self.flat.point_gradients(None)
 
-    def _forget_multiplier(self, norms: Tensor) -> Tensor:
-        """What the update multiplies ``forget_grad`` with, by the forget-gradient rule (0-dim)."""
+    def _forget_multiplier(self, norms: Tensor, forget_weight: Tensor) -> Tensor:
+        """What the update multiplies ``forget_grad`` with, by the forget-gradient rule (0-dim).
+
+        The norm rules would blow a batch without forget data up to full strength: where all its forget
+        weights are negligible, the direction of their gradient means nothing and its factor is 0.
+        """
         s = self.settings
         if s.forget_grad_rule == "loss":
             return torch.full_like(norms[0], s.forget_scale)
         target = s.forget_grad_norm * (norms[0] if s.forget_grad_rule == "relative_norm" else 1.0)
-        return torch.where(norms[1] > 0, target / norms[1], torch.zeros_like(norms[1]))
+        says_something = (norms[1] > 0) & (forget_weight.max() > NEGLIGIBLE_WEIGHT)
+        return torch.where(says_something, target / norms[1], torch.zeros_like(norms[1]))
 
     @torch.no_grad()
     def _report(

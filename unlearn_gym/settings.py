@@ -18,7 +18,8 @@ class RunSettings(BaseModel):
     SISS paper and code; ``"inverse_size"`` = (N/#R, N/#F), the adaptive-λ paper's text; ``"none"``
     = (1, 1). ``forget_grad_rule``: ``"loss"`` uses the gradient of L_SISS as it is, ``"fixed_norm"``
     rescales the forget gradient to ``forget_grad_norm``, ``"relative_norm"`` to ``forget_grad_norm``
-    times the retain gradient's norm. ``reward``: ``"siss"`` is -L_SISS less the smoothness penalty,
+    times the retain gradient's norm; under both a batch whose forget weights are all below 0.001 gets
+    no forget gradient, as rescaling would turn its noise into a full step. ``reward``: ``"siss"`` is -L_SISS less the smoothness penalty,
     ``"potential"`` the difference of a score on a fixed probe set (design notes in the README).
     """
 

@@ -81,11 +81,11 @@ class Comparison:
 
 def validate(comparison: Comparison) -> None:
     """Build every policy once and check the sample sizes, so that a bad name fails before anything runs."""
+    comparison.evaluation.validate()
     context = policy_context(comparison.make_env())
     for policy in comparison.policies:
         if policy not in (FINETUNE, *REFERENCES):
             make_policy(policy, context)
-    comparison.evaluation.validate()
 
 
 def run_cell(comparison: Comparison, policy: str, seed: int, threads: int | None = None) -> dict[str, Any]:
@@ -148,18 +148,20 @@ def run_comparison(
     *,
     jobs: int = 1,
     command: str = "",
-    progress: Callable[[dict[str, Any], int, int], None] | None = None,
+    progress: Callable[[dict[str, Any] | None, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Run every cell that ``out`` does not hold yet, in ``jobs`` processes, and write ``results.json``.
 
     Every finished cell is a file of its own, so an interrupted comparison continues where it stopped.
-    ``progress(cell, done, total)`` is called for every cell. Returns the results.
+    ``progress(cell, done, total)`` is called for every cell, and first with None. Returns the results.
     """
     if jobs < 1:
         raise SettingsError(f"jobs={jobs} must be at least 1")
     validate(comparison)
     key, cells, found = comparison.cell_key(), comparison.cells(), []
     open_cells = []
+    if progress:
+        progress(None, 0, len(cells))
     for policy, seed in cells:
         cell = _finished(_cell_path(out, policy, seed), key)
         if cell is None:

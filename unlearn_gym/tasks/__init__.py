@@ -61,7 +61,7 @@ register_task(
         network=UNetConfig(channels=(48, 96), num_blocks=1, num_classes=10),
         load_data=_load_mnist_trousers,
         assets=ASSETS / "mnist-trousers",
-        settings=RunSettings(),
+        settings=RunSettings(learning_rate=3e-5),
         classify=classify,
         forget_classes=(TROUSERS,),
         probe_label=mnist.TROUSERS_LABEL,

@@ -123,7 +123,7 @@ def get_task(name: str) -> Task:
     """The task registered as ``name``; raises :class:`TaskError` with the closest name."""
     if name in _TASKS:
         return _TASKS[name]
-    close = difflib.get_close_matches(str(name), _TASKS, n=1)
+    close = difflib.get_close_matches(str(name), _TASKS, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(task_names())}"
     raise TaskError(f"unknown task {name!r}; {hint}")
 
