@@ -5,9 +5,19 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from unlearn_gym.errors import PolicyError, ResultsError, SettingsError
-from unlearn_gym.evaluation.comparison import FINETUNE, ORACLE, UNTOUCHED, Comparison, load_results, run_comparison
+from unlearn_gym.evaluation.comparison import (
+    FINETUNE,
+    ORACLE,
+    UNTOUCHED,
+    Comparison,
+    load_results,
+    pack_samples,
+    run_comparison,
+    unpack_samples,
+)
 from unlearn_gym.evaluation.metrics import EvaluationSettings
 from unlearn_gym.evaluation.report import paired_rows, per_seed, summary_rows, verdict, write_report
 
@@ -60,6 +70,25 @@ def test_a_damaged_cell_is_run_again(finished, tmp_path):
     run_comparison(small(seeds=(0,)), tmp_path)
     next((tmp_path / "cells").iterdir()).write_text("{")
     assert len(run_comparison(small(seeds=(0,)), tmp_path)["cells"]) == 5
+
+
+def test_cells_of_a_changed_agent_or_module_are_run_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = tmp_path / "a_policy.py"
+    keys = []
+    for value in (0.2, 0.3):
+        source.write_text(f"def choose(obs):\n    return {value}\n")
+        keys.append(small().cell_key("a_policy:choose"))
+    assert keys[0] != keys[1]
+    assert small().cell_key("static:0.2") == small().cell_key("prior")
+
+
+def test_packed_samples_come_back():
+    images = torch.rand((50, 1, 4, 4), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    torch.testing.assert_close(unpack_samples(pack_samples(images)), images[:40], atol=0.005, rtol=0)
+    points = torch.randn((50, 2), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(unpack_samples(pack_samples(points)), points[:40], atol=0.002, rtol=0)
 
 
 def test_report_holds_every_policy_and_rebuilds_from_the_file(finished, tmp_path):

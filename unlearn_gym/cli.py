@@ -153,7 +153,7 @@ def compare(
     first_seed: int = 0,
     jobs: int = 1,
     out: Path = Path("runs/compare"),
-    forget_samples: int = 500,
+    forget_samples: int = 1000,
     quality_samples: int = 500,
     option: Annotated[tuple[str, ...], tyro.conf.arg(help="settings as name=value, e.g. horizon=100")] = (),
     data_root: DataRoot = None,

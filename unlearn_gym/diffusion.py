@@ -55,7 +55,7 @@ def inference_timesteps(num_train_timesteps: int, num_inference_steps: int) -> l
     return sorted({int(t) for t in roots.square().round()}, reverse=True)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(
     predict: Predictor,
     noise: Tensor,
@@ -95,7 +95,7 @@ def sample(
     return x
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def grid_loss(
     predict: Predictor,
     x_start: Tensor,

@@ -12,15 +12,18 @@ from unlearn_gym.errors import SettingsError
 
 
 class RunSettings(BaseModel):
-    r"""Options of :class:`unlearn_gym.run.UnlearningRun` and of the environment around it.
+    """Options of :class:`unlearn_gym.run.UnlearningRun` and of the environment around it.
 
-    ``dataset_factors`` gives (c_r, c_f), with N = #D and K = #F: ``"siss"`` = (N/(N-K), K/(N-K)), the
-    SISS paper and code; ``"inverse_size"`` = (N/#R, N/#F), the adaptive-λ paper's text; ``"none"``
-    = (1, 1). ``forget_grad_rule``: ``"loss"`` uses the gradient of L_SISS as it is, ``"fixed_norm"``
-    rescales the forget gradient to ``forget_grad_norm``, ``"relative_norm"`` to ``forget_grad_norm``
-    times the retain gradient's norm; under both a batch whose forget weights are all below 0.001 gets
-    no forget gradient, as rescaling would turn its noise into a full step. ``reward``: ``"siss"`` is -L_SISS less the smoothness penalty,
-    ``"potential"`` the difference of a score on a fixed probe set (design notes in the README).
+    ``dataset_factors`` gives (c_r, c_f), with N samples in all and K to forget: ``"siss"`` = (N/(N-K), K/(N-K)),
+    the SISS paper and code; ``"inverse_size"`` = (N/(N-K), N/K), the adaptive-λ paper's text; ``"none"`` = (1, 1).
+
+    ``forget_grad_rule``: ``"loss"`` uses the gradient of L_SISS as it is, ``"fixed_norm"`` rescales the forget
+    gradient to ``forget_grad_norm``, ``"relative_norm"`` to ``forget_grad_norm`` times the retain gradient's
+    norm. Under both norm rules a batch whose forget weights are all below 0.001 gets no forget gradient, as
+    rescaling would turn its noise into a full step, and ``forget_scale`` shows in the reported loss alone.
+
+    ``reward``: ``"siss"`` is -L_SISS less the smoothness penalty, ``"potential"`` the change of a score on a fixed
+    probe set; the environment's docstring has both formulas.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import math
 import os
 import platform
 import re
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -16,7 +19,9 @@ from typing import Any
 
 import gymnasium
 import joblib
+import numpy as np
 import torch
+from torch import Tensor
 
 import unlearn_gym
 from unlearn_gym.envs import SISSUnlearnEnv
@@ -24,8 +29,8 @@ from unlearn_gym.errors import ResultsError, SettingsError
 from unlearn_gym.evaluation.episode import policy_context, run_episode
 from unlearn_gym.evaluation.metrics import EvaluationSettings, Evaluator
 from unlearn_gym.models.weights import sha256
-from unlearn_gym.policies import make_policy
-from unlearn_gym.tasks import get_task, load_data
+from unlearn_gym.policies import make_policy, policy_source
+from unlearn_gym.tasks import get_task, load_data, to_model_range
 
 UNTOUCHED, ORACLE, FINETUNE = "untouched", "oracle", "finetune"
 REFERENCES = (UNTOUCHED, ORACLE)
@@ -38,7 +43,7 @@ FINETUNE_OPTIONS = {
 }  # fmt: skip
 """λ = 0 and no forget gradient: plain training on retain data, the naive baseline."""
 
-GRID_SAMPLES = 40
+PICTURE_SAMPLES = 40
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,13 @@ class Comparison:
             if twice:
                 raise ResultsError(f"{name} names {twice[0]!r} twice; each must be there once")
 
-    def cell_key(self) -> str:
-        """Hash of everything but policies and seeds: cells with another key are not ours."""
+    def cell_key(self, policy: str) -> str:
+        """Hash of all that a cell of ``policy`` depends on but its seed: cells with another key are not ours."""
         parts = {**asdict(self), "policies": None, "seeds": None, "version": unlearn_gym.__version__}
         assets = get_task(self.task).assets
         parts["weights"] = {p.name: sha256(p) for p in sorted(assets.glob("*.safetensors"))}
+        source = policy_source(policy, self.task)
+        parts["policy"] = None if source is None else sha256(source)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def cells(self) -> list[tuple[str, int]]:
@@ -94,7 +101,7 @@ def run_cell(comparison: Comparison, policy: str, seed: int, threads: int | None
         torch.set_num_threads(threads)
     task = get_task(comparison.task)
     data = load_data(task, comparison.data_root)
-    cell: dict[str, Any] = {"policy": policy, "seed": seed, "key": comparison.cell_key()}
+    cell: dict[str, Any] = {"policy": policy, "seed": seed, "key": comparison.cell_key(policy)}
     if policy in REFERENCES:
         model = task.pretrained_model() if policy == UNTOUCHED else task.oracle_model()
     else:
@@ -108,9 +115,35 @@ def run_cell(comparison: Comparison, policy: str, seed: int, threads: int | None
     evaluation = evaluator.evaluate(model)
     cell["metrics"] = {} if cell.get("diverged") else evaluation.metrics
     cell["evaluation_seconds"] = time.perf_counter() - started
-    samples = (evaluation.forget_samples, evaluation.quality_samples)
-    cell["samples"] = [None if s is None else s[:GRID_SAMPLES].numpy().round(3).tolist() for s in samples]
-    return cell
+    if seed == comparison.seeds[0]:
+        drawn = (evaluation.forget_samples, evaluation.quality_samples)
+        cell["samples"] = [pack_samples(s) for s in drawn if s is not None]
+    return finite_or_none(cell)
+
+
+def pack_samples(samples: Tensor) -> dict[str, Any]:
+    """The first samples as compressed bytes for a JSON file: 8 bits a pixel, or 16 a coordinate."""
+    first = samples[:PICTURE_SAMPLES].numpy()
+    array = ((first.clip(-1, 1) + 1) * 127.5).round().astype("uint8") if samples.dim() == 4 else first.astype("float16")
+    data = base64.b64encode(zlib.compress(array.tobytes(), 9)).decode()
+    return {"shape": list(array.shape), "dtype": str(array.dtype), "data": data}
+
+
+def unpack_samples(packed: dict[str, Any]) -> Tensor:
+    """Inverse of :func:`pack_samples`, up to its rounding."""
+    raw = zlib.decompress(base64.b64decode(packed["data"]))
+    return to_model_range(torch.from_numpy(np.frombuffer(raw, packed["dtype"]).reshape(packed["shape"]).copy())).float()
+
+
+def finite_or_none(value: Any) -> Any:
+    """``value`` with every float that JSON does not know as None, and floats to 7 digits."""
+    if isinstance(value, dict):
+        return {k: finite_or_none(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_none(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return value
 
 
 def _cell_path(out: Path, policy: str, seed: int) -> Path:
@@ -123,7 +156,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write ``value`` so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.write_text(json.dumps(value, separators=(",", ":"), allow_nan=False) + "\n")
     partial.replace(path)
 
 
@@ -158,12 +191,13 @@ def run_comparison(
     if jobs < 1:
         raise SettingsError(f"jobs={jobs} must be at least 1")
     validate(comparison)
-    key, cells, found = comparison.cell_key(), comparison.cells(), []
+    cells: list[tuple[str, int]] = comparison.cells()
+    found: list[dict[str, Any]] = []
     open_cells = []
     if progress:
         progress(None, 0, len(cells))
     for policy, seed in cells:
-        cell = _finished(_cell_path(out, policy, seed), key)
+        cell = _finished(_cell_path(out, policy, seed), comparison.cell_key(policy))
         if cell is None:
             open_cells.append((policy, seed))
         else:
@@ -195,7 +229,8 @@ def _write_curves(out: Path, cell: dict[str, Any]) -> None:
     with SummaryWriter(str(folder)) as writer:
         for name, values in cell["trace"].items():
             for step, value in enumerate(values, start=1):
-                writer.add_scalar(f"unlearn/{name.rstrip('_')}", value, step)
+                if value is not None:
+                    writer.add_scalar(f"unlearn/{name.rstrip('_')}", value, step)
         for name, value in cell["metrics"].items():
             writer.add_scalar(f"eval/{name}", value, len(cell["trace"]["lambda_"]))
 

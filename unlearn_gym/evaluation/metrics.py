@@ -21,6 +21,7 @@ from unlearn_gym.tasks import Task, TaskData, to_model_range
 
 KID_SUBSETS = 50
 KID_SUBSET_SIZE = 200
+LOSS_SAMPLES = 300
 
 
 def fid(features: Tensor, reference: Tensor) -> float:
@@ -67,10 +68,10 @@ def wilson_interval(hits: int, n: int) -> tuple[float, float]:
 class EvaluationSettings:
     """Size of an evaluation: samples for the forget rate, for quality, and the sampler's steps."""
 
-    num_forget_samples: int = 500
+    num_forget_samples: int = 1000
     num_quality_samples: int = 500
     num_inference_steps: int | None = None
-    batch_size: int = 250
+    batch_size: int = 125
     seed: int = 7
 
     def validate(self) -> None:
@@ -87,7 +88,7 @@ def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def draw_samples(
     model: nn.Module, task: Task, labels: Tensor | None, noise: Tensor, settings: EvaluationSettings
 ) -> Tensor:
@@ -134,7 +135,7 @@ class Evaluator:
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         """All metrics of ``model``; raises :class:`ResultsError` when samples are too few for one."""
-        model = model.cpu().eval()
+        model = model.cpu().to(memory_format=torch.channels_last).eval()
         figures = self.losses(model)
         if self.task.classify is None or self.reference is None:
             return Evaluation(figures, None, None)
@@ -177,11 +178,11 @@ class Evaluator:
         """``forget_loss`` and ``retain_loss`` on the fixed grid."""
         figures = {}
         for key, name in (("forget_loss", "forget"), ("retain_loss", "heldout")):
-            samples, labels = getattr(self.data, name)[:500], getattr(self.data, f"{name}_labels")
+            samples, labels = getattr(self.data, name)[:LOSS_SAMPLES], getattr(self.data, f"{name}_labels")
             losses = grid_loss(
                 model, to_model_range(samples), self.alphas_cumprod,
-                labels=None if labels is None else labels[:500],
-                generator=torch.Generator().manual_seed(self.settings.seed),
+                labels=None if labels is None else labels[:LOSS_SAMPLES],
+                generator=torch.Generator().manual_seed(self.settings.seed), batch_size=self.settings.batch_size,
             )  # fmt: skip
             figures[key] = losses.mean().item()
         return figures

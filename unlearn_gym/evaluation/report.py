@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from unlearn_gym.envs.rendering import draw_samples
-from unlearn_gym.evaluation.comparison import FINETUNE, ORACLE, REFERENCES, UNTOUCHED
+from unlearn_gym.evaluation.comparison import FINETUNE, ORACLE, REFERENCES, UNTOUCHED, unpack_samples
 from unlearn_gym.evaluation.metrics import wilson_interval
 from unlearn_gym.evaluation.statistics import Estimate, bootstrap_mean, paired_difference
 
@@ -184,7 +183,7 @@ def write_report(results: Results, out: Path) -> Path:
     """Write ``report.md`` and the pictures beside it; returns the report's path."""
     out.mkdir(parents=True, exist_ok=True)
     pictures = [draw_front(results, out / "front.png"), draw_lambdas(results, out / "lambdas.png")]
-    if any(c["samples"][0] for c in results["cells"]):
+    if any("samples" in c for c in results["cells"]):
         pictures.append(draw_sample_grids(results, out / "samples.png"))
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     sections = [
@@ -276,9 +275,9 @@ def draw_sample_grids(results: Results, path: Path) -> Path:
     figure = Figure(figsize=(4.2 * len(chosen), 4.6), layout="constrained")
     panels = figure.subplots(2, len(chosen), squeeze=False)
     for column, policy in enumerate(chosen):
-        cell = next(c for c in results["cells"] if c["policy"] == policy)
-        for row, grid in enumerate(cell["samples"]):
-            draw_samples(panels[row, column], torch.tensor(grid), columns=10)
+        cell = next(c for c in results["cells"] if c["policy"] == policy and "samples" in c)
+        for row, packed in enumerate(cell["samples"]):
+            draw_samples(panels[row, column], unpack_samples(packed), columns=10)
         panels[0, column].set_title(f"{policy}: the forget data's label", fontsize=9)
         panels[1, column].set_title("all labels", fontsize=9)
     return _save(figure, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 import sys
 from importlib.resources import files
@@ -16,6 +17,8 @@ from unlearn_gym.policies.base import FunctionPolicy, LambdaPolicy, PolicyContex
 
 SCHEDULES = {"linear": open_loop.linear, "cosine": open_loop.cosine, "exponential": open_loop.exponential}
 DRAWS = {"prior": open_loop.prior_draw, "random": open_loop.uniform_draw}
+SHIPPED_NAMES = ("ppo", "ppo-potential")
+BUILT_IN = ("static", "variational", *SHIPPED_NAMES, *DRAWS, *SCHEDULES)
 ESTIMATORS = (*variational.GRADIENT_ESTIMATORS, "variance")
 USAGE = (
     "static:λ, prior, random, linear[:from:to], cosine[:from:to], exponential[:from:to], "
@@ -38,13 +41,25 @@ def make_policy(spec: str, context: PolicyContext) -> LambdaPolicy:
         return open_loop.SchedulePolicy(SCHEDULES[name], start, end, context.horizon)
     if name == "variational":
         return _variational(spec, arguments, context)
-    if name in ("ppo", "ppo-potential") and not arguments:
+    if name in SHIPPED_NAMES and not arguments:
         return _agent(SHIPPED_AGENTS / context.task / f"{name}.zip", context)
     if len(arguments) == 1 and all(part.isidentifier() for part in (*name.split("."), *arguments)):
         return _from_module(name, arguments[0])
-    known = ("static", "variational", "ppo", "ppo-potential", *DRAWS, *SCHEDULES)
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name, BUILT_IN, n=1)
     raise PolicyError(f"unknown policy {spec!r}; {f'did you mean {close[0]!r}? ' if close else ''}known: {USAGE}")
+
+
+def policy_source(spec: str, task: str) -> Path | None:
+    """The file that a policy's behaviour comes from, where that is not this package: an agent or a user's module."""
+    name, *arguments = spec.split(":")
+    if spec.endswith(".zip"):
+        return Path(spec)
+    if name in SHIPPED_NAMES:
+        return SHIPPED_AGENTS / task / f"{name}.zip"
+    if name in BUILT_IN or len(arguments) != 1:
+        return None
+    module = importlib.util.find_spec(name)
+    return Path(module.origin) if module is not None and module.origin else None
 
 
 def _lambdas(spec: str, arguments: list[str], context: PolicyContext, count: int) -> list[float]:
