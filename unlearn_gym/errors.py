@@ -35,3 +35,8 @@ class PolicyError(UnlearnGymError, ValueError):
 
 class ResultsError(UnlearnGymError, ValueError):
     """Results that cannot be used together, or too few to compute a figure from."""
+
+
+def error_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,10 +34,12 @@ class StepTerms:
     gradients of ``retain_loss`` and ``forget_loss``, before any rescaling or clipping.
 
     ``lambda_gradients``: dL_SISS/dλ by estimator (see :func:`unlearn_gym.siss.lambda_gradients`), and
-    ``"variance"``: d log M/dλ of the gradient's second moment M. ``second_moment``: M at
-    ``SECOND_MOMENT_GRID``. ``retain_ess``, ``forget_ess``: effective sample size (Σw)²/Σw² in 0..B;
-    ``negligible_fraction``: share of the 2B weights below 0.001. ``forget_multiplier``: the factor
-    that the forget gradient got; ``update_norm``: norm of the whole gradient before clipping.
+    ``"variance"``: d log M/dλ of the gradient's second moment M. ``second_moment (3, 49)``: M's parts
+    ⟨g_r, g_r⟩, ⟨g_r, g_f⟩, ⟨g_f, g_f⟩ at ``SECOND_MOMENT_GRID`` (:func:`unlearn_gym.siss.combine_products`).
+    ``retain_ess``, ``forget_ess``: effective sample size (Σw)²/Σw² in 0..B; ``negligible_fraction``: share
+    of the 2B weights below 0.001; ``forget_fraction``: share of x_t drawn from forget samples.
+    ``forget_multiplier``: the factor that the forget gradient got; ``update_norm``: norm of the whole
+    gradient before clipping.
     """
 
     lambda_: float
@@ -76,10 +79,11 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run's state: weights, optimizer, both generators, counters."""
+    """A run's state: weights, buffers, optimizer, both generators, counters."""
 
     vector: Tensor
     optimizer: dict[str, Tensor]
+    buffers: dict[str, Tensor]
     generators: tuple[Tensor, Tensor]
     updates: int
     diverged: bool
@@ -125,7 +129,7 @@ class UnlearningRun:
         self.settings = settings
         self.data = data.to(device)
         self.alphas_cumprod = alphas_cumprod.to(device)
-        self.model = model.to(device).to(memory_format=torch.channels_last)
+        self.model = model.to(device).to(memory_format=torch.channels_last).eval()  # dropout would draw globally
         self.flat = FlatParameters(self.model)
         self.retain_grad = torch.zeros_like(self.flat.vector.data)
         self.forget_grad = torch.zeros_like(self.flat.vector.data)
@@ -134,7 +138,7 @@ class UnlearningRun:
         self.flat.vector.grad = self.retain_grad
         self.optimizer = self._make_optimizer()
         self.retain_coef, self.forget_coef = dataset_factors(
-            settings.dataset_factors, len(data.retain), len(data.forget)
+            settings.dataset_factors, data.retain_size or len(data.retain), len(data.forget)
         )
         self.generator = torch.Generator(device)
         self.measure_generator = torch.Generator(device)
@@ -143,6 +147,11 @@ class UnlearningRun:
         self.diverged = False
         self.seed(seed)
         self._probe = self._draw_probe()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are built anew: parameters that are views of one vector must stay so."""
+        arguments = (copy.deepcopy(self.model), self.data, self.alphas_cumprod, self.settings)
+        return _rebuild, (arguments, self.snapshot())
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         s, parameters = self.settings, [self.flat.vector]
@@ -275,10 +284,10 @@ class UnlearningRun:
             terms, from_forget, lambda_,
             retain_coef=self.retain_coef, forget_coef=self.forget_coef, forget_scale=s.forget_scale,
         )  # fmt: skip
-        squared = siss.squared_output_gradients(
-            terms, retain_coef=self.retain_coef, forget_coef=self.forget_coef, forget_multiplier=multiplier
-        )
-        moment, gradients["variance"] = siss.gradient_second_moment(terms, squared, self._grid)
+        coefs = {"retain_coef": self.retain_coef, "forget_coef": self.forget_coef}
+        products = siss.output_gradient_products(terms, **coefs)
+        moment = siss.gradient_second_moment(terms, products, self._grid)
+        gradients["variance"] = siss.second_moment_slope(terms, products, multiplier)
         w_r, w_f = terms.retain_weight, terms.forget_weight
         negligible = torch.cat([w_r, w_f]) < NEGLIGIBLE_WEIGHT
         scalars = {
@@ -298,13 +307,13 @@ class UnlearningRun:
         }
         parameter_sum = self.flat.vector.sum()  # not finite as soon as one parameter is not
         stacked = torch.stack([*scalars.values(), parameter_sum, *gradients.values()])
-        packed = torch.cat([stacked, moment]).double().cpu().numpy()
+        packed = torch.cat([stacked, moment.flatten()]).double().cpu().numpy()
         values, slopes, curve = np.split(packed, [len(scalars) + 1, len(stacked)])
         self.diverged = not bool(np.isfinite(values).all())
         return StepTerms(
             lambda_=lambda_,
             lambda_gradients=dict(zip(gradients, slopes.tolist(), strict=True)),
-            second_moment=curve,
+            second_moment=curve.reshape(moment.shape),
             diverged=self.diverged,
             **dict(zip(scalars, values.tolist(), strict=False)),
         )
@@ -337,6 +346,7 @@ class UnlearningRun:
         return Snapshot(
             self.flat.vector.detach().clone(),
             {k: v.clone() for k, v in state.items() if isinstance(v, Tensor)},
+            {k: v.clone() for k, v in self.model.named_buffers()},
             (self.generator.get_state(), self.measure_generator.get_state()),
             self.updates,
             self.diverged,
@@ -348,9 +358,17 @@ class UnlearningRun:
             raise RunError(f"the snapshot has {len(snapshot.vector)} parameters, this model {len(self.flat.vector)}")
         with torch.no_grad():
             self.flat.vector.copy_(snapshot.vector)
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(snapshot.buffers[name])
         self.optimizer.state.clear()
         if snapshot.optimizer:
             self.optimizer.state[self.flat.vector] = {k: v.clone() for k, v in snapshot.optimizer.items()}
         self.generator.set_state(snapshot.generators[0])
         self.measure_generator.set_state(snapshot.generators[1])
         self.updates, self.diverged = snapshot.updates, snapshot.diverged
+
+
+def _rebuild(arguments: tuple[Any, ...], snapshot: Snapshot) -> UnlearningRun:
+    run = UnlearningRun(*arguments)
+    run.restore(snapshot)
+    return run

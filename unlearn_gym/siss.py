@@ -11,7 +11,7 @@ the drawn label without that would break the importance identity.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -185,29 +185,35 @@ def lambda_gradients(
     }
 
 
-def squared_output_gradients(
-    terms: SISSTerms, *, retain_coef: float, forget_coef: float, forget_multiplier: float | Tensor
-) -> Tensor:
-    """‖g‖² of each drawn x_t, ``(B,)``, with g = c_r w_r ∇ℓ_r - m c_f w_f ∇ℓ_f.
+def output_gradient_products(terms: SISSTerms, *, retain_coef: float, forget_coef: float) -> Tensor:
+    """⟨g_r, g_r⟩, ⟨g_r, g_f⟩ and ⟨g_f, g_f⟩ of each drawn x_t, ``(3, B)``, with g = c w ∇ℓ.
 
-    m is the factor that the update truly gave to the forget gradient. ∇ is taken with respect to the
-    network's output, as per-sample gradients of the weights would cost a backward pass each
-    (Katharopoulos and Fleuret, 2018, bound the one by the other).
+    ∇ is taken with respect to the network's output, as per-sample gradients of the weights would cost a
+    backward pass each (Katharopoulos and Fleuret, 2018, bound the one by the other).
     """
     retain = per_sample(retain_coef * terms.retain_weight, terms.retain_residual) * terms.retain_residual
-    scale = forget_multiplier * forget_coef * terms.forget_weight
-    gradient = retain - per_sample(scale, retain) * terms.forget_residual
-    return gradient.square().flatten(1).mean(1)
+    forget = per_sample(forget_coef * terms.forget_weight, terms.forget_residual) * terms.forget_residual
+    pairs = ((retain, retain), (retain, forget), (forget, forget))
+    return torch.stack([(a * b).flatten(1).mean(1) for a, b in pairs])
 
 
-def gradient_second_moment(terms: SISSTerms, squared: Tensor, lambdas: Tensor) -> tuple[Tensor, Tensor]:
-    """M(λ'), the second moment of the gradient were x_t drawn with λ' instead, from one batch drawn at λ.
+def gradient_second_moment(terms: SISSTerms, products: Tensor, lambdas: Tensor) -> Tensor:
+    """Means of the ``products (3, B)`` were x_t drawn with each of ``lambdas (G,)`` instead: ``(3, G)``.
 
-    ``E_{q_λ'}[‖g‖²] = E_{q_λ}[‖g‖² q_λ/q_λ']`` and ``q_λ'/q_λ = (1-λ') w_r + λ' w_f``: the weights at λ
-    tell of every λ'. ``squared (B,)`` is ‖g‖², ``lambdas (G,)`` the λ'. Returns M at each of them,
-    ``(G,)``, and d log M/dλ' at λ' = λ, 0-dim (0 where all gradients vanish).
+    ``E_{q_λ'}[h/q_λ'²] = E_{q_λ}[(h/q_λ²) q_λ/q_λ']`` and ``q_λ'/q_λ = (1-λ') w_r + λ' w_f``: the weights of
+    one batch drawn at λ tell of every λ'. :func:`combine_products` makes ‖g_r - m g_f‖² of the rows.
     """
-    w_r, w_f = terms.retain_weight, terms.forget_weight
-    ratio = (1.0 - lambdas)[:, None] * w_r + lambdas[:, None] * w_f
-    slope = (squared * (w_r - w_f)).sum() / squared.sum().clamp_min(torch.finfo(squared.dtype).tiny)
-    return (squared / ratio).mean(1), slope
+    ratio = (1.0 - lambdas)[:, None] * terms.retain_weight + lambdas[:, None] * terms.forget_weight
+    return (products[:, None, :] / ratio).mean(2)
+
+
+def combine_products(products: Any, forget_multiplier: Any) -> Any:
+    """‖g_r - m g_f‖² from ⟨g_r, g_r⟩, ⟨g_r, g_f⟩, ⟨g_f, g_f⟩ ``(3, …)``, tensor or array, and m."""
+    return products[0] - 2.0 * forget_multiplier * products[1] + forget_multiplier**2 * products[2]
+
+
+def second_moment_slope(terms: SISSTerms, products: Tensor, forget_multiplier: float | Tensor) -> Tensor:
+    """D log M/dλ' at λ' = λ of the second moment M for a fixed multiplier, 0-dim (0 if all gradients vanish)."""
+    squared = combine_products(products, forget_multiplier)
+    total = squared.sum().clamp_min(torch.finfo(squared.dtype).tiny)
+    return (squared * (terms.retain_weight - terms.forget_weight)).sum() / total

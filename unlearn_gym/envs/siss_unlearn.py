@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -142,8 +143,7 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         self._lambda = s.lambda_init
         terms = self.run.measure(s.lambda_init)
         self._observe(terms)
-        if s.reward == "potential":
-            self._potential = self._current_potential()
+        self._potential = self._current_potential(terms)
         return self._observation(), self._info(terms, {})
 
     def step(
@@ -152,7 +152,11 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         """One optimizer update at λ = ``action``; raises :class:`ActionError` before anything changes."""
         lambda_ = self._validate(action)
         terms = self.run.update(lambda_)
-        reward_terms = self._reward_terms(terms)
+        before, self._potential = self._potential, self._current_potential(terms)
+        if not np.isfinite(self._potential):
+            self.run.diverged = True
+            terms = replace(terms, diverged=True)
+        reward_terms = self._reward_terms(terms, before)
         self._lambda = lambda_
         self.history.append(terms)
         if not terms.diverged:
@@ -161,7 +165,11 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         return self._observation(), sum(reward_terms.values()), terminated, False, self._info(terms, reward_terms)
 
     def _validate(self, action: NDArray[np.float32] | float) -> float:
-        s, values = self.settings, np.asarray(action, dtype=np.float64)
+        s = self.settings
+        try:
+            values = np.asarray(action, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise ActionError(f"action {action!r} is not a number; give one λ") from None
         if values.size != 1 or values.ndim > 1:
             raise ActionError(f"action has shape {values.shape}; give one λ, as a number or an array of shape (1,)")
         lambda_ = float(values.reshape(()))
@@ -189,20 +197,24 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         finite = np.clip(np.nan_to_num(values), np.finfo(np.float32).min, np.finfo(np.float32).max)
         return np.clip(finite.astype(np.float32), low, high)
 
-    def _reward_terms(self, terms: StepTerms) -> dict[str, float]:
-        """The reward's summands; design: see the class docstring."""
+    def _reward_terms(self, terms: StepTerms, potential_before: float) -> dict[str, float]:
+        """The reward's summands, as the class docstring has them."""
         s = self.settings
         if terms.diverged:
             return {"divergence": -s.divergence_penalty}
         smoothness = -s.smoothness_coef * (terms.lambda_ - self._lambda) ** 2
         if s.reward == "siss":
             return {"siss": -terms.siss_loss, "smoothness": smoothness}
-        before, self._potential = self._potential, self._current_potential()
-        return {"potential": self._potential - before, "smoothness": smoothness}
+        return {"potential": self._potential - potential_before, "smoothness": smoothness}
 
-    def _current_potential(self) -> float:
-        """Φ of the current model; its value at the pretrained weights is 0."""
-        s, (forget, retain) = self.settings, self.run.probe_losses()
+    def _current_potential(self, terms: StepTerms) -> float:
+        """Φ of the current model, 0 at the pretrained weights; NaN where it is not finite."""
+        s = self.settings
+        if s.reward != "potential" or terms.diverged:
+            return 0.0
+        forget, retain = self.run.probe_losses()
+        if not np.isfinite([forget, retain]).all():
+            return float("nan")
         if self._start_potential is None:
             self._start_potential = (forget, retain)
         f0, r0 = self._start_potential
@@ -210,8 +222,7 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         if not cap > f0:
             raise SettingsError(f"potential_cap={cap} must be above the start's forget loss {f0:.4g}")
         forgotten = (min(forget, cap) - f0) / (cap - f0)
-        # a retain loss beyond all bounds must leave the reward finite
-        return max(forgotten - s.potential_retain_coef * max(0.0, retain / r0 - 1.0), -s.divergence_penalty)
+        return forgotten - s.potential_retain_coef * max(0.0, retain / r0 - 1.0)
 
     def _info(self, terms: StepTerms, reward_terms: dict[str, float]) -> dict[str, Any]:
         """The measured terms by name, and the reward's; every array is the caller's own."""

@@ -183,7 +183,7 @@ def write_report(results: Results, out: Path) -> Path:
     """Write ``report.md`` and the pictures beside it; returns the report's path."""
     out.mkdir(parents=True, exist_ok=True)
     pictures = [draw_front(results, out / "front.png"), draw_lambdas(results, out / "lambdas.png")]
-    if any("samples" in c for c in results["cells"]):
+    if any(c.get("samples") for c in results["cells"]):
         pictures.append(draw_sample_grids(results, out / "samples.png"))
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     sections = [
@@ -275,7 +275,7 @@ def draw_sample_grids(results: Results, path: Path) -> Path:
     figure = Figure(figsize=(4.2 * len(chosen), 4.6), layout="constrained")
     panels = figure.subplots(2, len(chosen), squeeze=False)
     for column, policy in enumerate(chosen):
-        cell = next(c for c in results["cells"] if c["policy"] == policy and "samples" in c)
+        cell = next(c for c in results["cells"] if c["policy"] == policy and c.get("samples"))
         for row, packed in enumerate(cell["samples"]):
             draw_samples(panels[row, column], unpack_samples(packed), columns=10)
         panels[0, column].set_title(f"{policy}: the forget data's label", fontsize=9)

@@ -85,8 +85,8 @@ def _variational(spec: str, arguments: list[str], context: PolicyContext) -> Lam
     if not 0.0 <= beta < float("inf"):
         raise PolicyError(f"policy {spec!r}: beta={arguments[1]} must be a number of at least 0")
     if arguments[0] == "variance":
-        return variational.VariancePolicy(context, beta=beta)
-    return variational.VariationalPolicy(context, arguments[0], beta=beta)
+        return variational.VariancePolicy(context, kl_coef=beta)
+    return variational.VariationalPolicy(context, arguments[0], kl_coef=beta)
 
 
 def _agent(path: Path, context: PolicyContext) -> LambdaPolicy:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unlearn_gym.policies.base import Observation, PolicyContext, Transition
 from unlearn_gym.run import SECOND_MOMENT_GRID
+from unlearn_gym.siss import combine_products
 
 GRADIENT_ESTIMATORS = ("pathwise", "score_function", "kl_only")
 NUM_FEATURES = 4
@@ -41,14 +42,14 @@ class VariationalPolicy:
     Args:
         context: the environment's λ range.
         estimator: one of ``GRADIENT_ESTIMATORS``.
-        beta: weight of the KL term (0.01 in the authors' code).
+        kl_coef: β, weight of the KL term (0.01 in the authors' code).
         learning_rate: Adam's; the authors' 1e-4 serves runs of hundreds of updates, the default one of 60.
     """
 
     def __init__(
-        self, context: PolicyContext, estimator: str, *, beta: float = 0.01, learning_rate: float = 0.01
+        self, context: PolicyContext, estimator: str, *, kl_coef: float = 0.01, learning_rate: float = 0.01
     ) -> None:
-        self.context, self.estimator, self.beta, self.learning_rate = context, estimator, beta, learning_rate
+        self.context, self.estimator, self.kl_coef, self.learning_rate = context, estimator, kl_coef, learning_rate
         self.reset(0)
 
     def reset(self, seed: int) -> None:
@@ -74,38 +75,44 @@ class VariationalPolicy:
             return
         gradient = transition.info["terms"]["lambda_gradients"][self.estimator]
         kl = 0.5 * (self._mu.square() + self._log_variance.exp() - 1.0 - self._log_variance)
-        loss = gradient * self._lambda + self.beta * kl
+        loss = gradient * self._lambda + self.kl_coef * kl
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
 
 
 class VariancePolicy:
-    """The λ that minimises the second moment of the gradient, plus ``beta z²/2``, z = logit of λ in its range.
+    """The λ that minimises the second moment of the gradient g_r - m g_f, plus ``kl_coef z²/2``.
 
-    The second moment is estimated from the batches just seen (:func:`unlearn_gym.siss.gradient_second_moment`),
-    averaged over steps with ``decay``. This is no gradient of L_SISS, whose expectation does not depend on
-    λ: it is what λ truly acts on. The z-term is the KL of a point mass to the prior, up to a constant.
+    Its parts are estimated from the batches just seen (:func:`unlearn_gym.siss.gradient_second_moment`) and averaged
+    over steps with ``decay``; m is the share of the forget gradients' norm that the updates truly applied, averaged
+    alike, since the multiplier of one batch depends on the λ that drew it. This is no gradient of L_SISS,
+    whose expectation does not depend on λ: it is what λ truly acts on. z is the logit of λ in its range; its
+    term is the KL of a point mass to the prior, up to a constant.
     """
 
-    def __init__(self, context: PolicyContext, *, beta: float = 0.01, decay: float = 0.9) -> None:
-        self.context, self.beta, self.decay = context, beta, decay
-        inside = (context.lambda_min < SECOND_MOMENT_GRID) & (context.lambda_max > SECOND_MOMENT_GRID)
-        self._inside = inside
-        self._lambdas = SECOND_MOMENT_GRID[inside]
-        share = (self._lambdas - context.lambda_min) / (context.lambda_max - context.lambda_min)
-        self._penalty = beta * 0.5 * np.log(share / (1.0 - share)) ** 2
+    def __init__(self, context: PolicyContext, *, kl_coef: float = 0.01, decay: float = 0.9) -> None:
+        self.context, self.decay = context, decay
+        share = np.linspace(0.01, 0.99, 99)
+        self._lambdas = context.lambda_min + (context.lambda_max - context.lambda_min) * share
+        self._penalty = kl_coef * 0.5 * np.log(share / (1.0 - share)) ** 2
         self.reset(0)
 
     def reset(self, seed: int) -> None:
         """Forget all batches."""
-        self._moment: NDArray[np.float64] = np.zeros(len(self._lambdas))
+        self._products: NDArray[np.float64] = np.zeros((3, len(SECOND_MOMENT_GRID)))
+        self._applied_norm = self._forget_norm = 0.0
 
     def act(self, obs: Observation, info: dict[str, Any]) -> float:
         """The minimiser, after taking in the last batch's estimate."""
-        moment = np.asarray(info["terms"]["second_moment"])[self._inside]
-        if np.isfinite(moment).all() and (moment > 0).all():
-            self._moment = self.decay * self._moment + (1.0 - self.decay) * moment
-        if not (self._moment > 0).all():
+        terms, new = info["terms"], 1.0 - self.decay
+        products, norm = np.asarray(terms["second_moment"]), terms["forget_grad_norm"]
+        if np.isfinite(products).all() and np.isfinite(norm * terms["forget_multiplier"]):
+            self._products = self.decay * self._products + new * products
+            self._forget_norm = self.decay * self._forget_norm + new * norm
+            self._applied_norm = self.decay * self._applied_norm + new * norm * terms["forget_multiplier"]
+        multiplier = self._applied_norm / self._forget_norm if self._forget_norm > 0 else 0.0
+        moment = np.interp(self._lambdas, SECOND_MOMENT_GRID, combine_products(self._products, multiplier))
+        if not (moment > 0).all():
             return self.context.from_unit(0.5)
-        return float(self._lambdas[np.argmin(np.log(self._moment) + self._penalty)])
+        return float(self._lambdas[np.argmin(np.log(moment) + self._penalty)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ class TaskData:
     """Retain set R, forget set F and retain data that the model never saw.
 
     Samples are ``(N, *S)``: uint8 images, turned to [-1, 1] by :func:`to_model_range` batch by batch,
-    or float points. Labels are int64 ``(N,)``, or None for an unconditional model.
+    or float points. Labels are int64 ``(N,)``, or None for an unconditional model. ``retain_size`` is the
+    size of the whole retain set that the model learned, where ``retain`` is only a part of it.
     """
 
     retain: Tensor
@@ -25,6 +26,7 @@ class TaskData:
     retain_labels: Tensor | None = None
     forget_labels: Tensor | None = None
     heldout_labels: Tensor | None = None
+    retain_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("retain", "forget", "heldout"):
@@ -45,8 +47,9 @@ class TaskData:
 
     def to(self, device: str | torch.device) -> Self:
         """The same data on ``device``."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in tensors.items() if v is not None})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 def to_model_range(samples: Tensor) -> Tensor:

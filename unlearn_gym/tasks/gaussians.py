@@ -21,9 +21,10 @@ def mode_centers() -> Tensor:
 
 
 def sample_modes(modes: list[int], per_mode: int, generator: torch.Generator) -> Tensor:
-    """``per_mode`` points of each of ``modes``: ``(len(modes) * per_mode, 2)``."""
+    """``per_mode`` points of each of ``modes``, shuffled: ``(len(modes) * per_mode, 2)``."""
     centers = mode_centers()[modes].repeat_interleave(per_mode, dim=0)
-    return centers + STD * torch.randn(centers.shape, generator=generator)
+    points = centers + STD * torch.randn(centers.shape, generator=generator)
+    return points[torch.randperm(len(points), generator=generator)]
 
 
 def nearest_mode(points: Tensor) -> Tensor:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unlearn_gym.errors import DataError
+from unlearn_gym.errors import DataError, error_line
 from unlearn_gym.tasks.data import TaskData
 
 NUM_FORGET = 674
 TROUSERS_LABEL = 1
 FASHION_TROUSER_CLASS = 1
+FULL_RETAIN = 60_000
 SHIPPED_RETAIN = 10_000
 SEED = 42
 
@@ -26,10 +30,10 @@ def load_torchvision(name: str, root: Path, *, train: bool, download: bool = Fal
 
     try:
         dataset = getattr(datasets, name)(root=str(root), train=train, download=download)
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, AssertionError) as error:
         raise DataError(
             f"no usable {name} under {root} ({str(error).splitlines()[0]}); "
-            "name the folder that holds it with --data-root, or pass --download"
+            "name the folder that holds it with --data-root, or let torchvision download it (download=True)"
         ) from None
     return dataset.data.unsqueeze(1), dataset.targets.to(torch.int64)
 
@@ -40,8 +44,8 @@ def load_shipped(path: Path) -> TaskData:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         return _task_data(*(torch.from_numpy(arrays[k]) for k in ARCHIVE_KEYS))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} is missing or damaged ({error}); reinstall the package") from None
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} is missing or damaged ({error_line(error)}); reinstall the package") from None
 
 
 ARCHIVE_KEYS = ("retain", "retain_labels", "heldout", "heldout_labels", "forget")
@@ -68,7 +72,7 @@ def load_mnist_trousers(archive: Path, data_root: Path | None = None, *, downloa
     """
     shipped = load_shipped(archive)
     if data_root is None:
-        return shipped
+        return replace(shipped, retain_size=FULL_RETAIN)
     retain, retain_labels = load_torchvision("MNIST", data_root, train=True, download=download)
     heldout, heldout_labels = load_torchvision("MNIST", data_root, train=False, download=download)
     return _task_data(retain, retain_labels, heldout, heldout_labels, shipped.forget)

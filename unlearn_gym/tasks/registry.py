@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
@@ -80,7 +81,8 @@ class Task:
         return self._load("oracle")
 
     def _load(self, name: str) -> nn.Module:
-        model = self.build_model()
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn only to be replaced
+            model = self.build_model()
         try:
             load_weights(model, self.assets / f"{name}.safetensors")
         except WeightsError as error:
