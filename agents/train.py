@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import time
@@ -24,8 +23,8 @@ import unlearn_gym
 from agents.callbacks import UnlearnScalars
 from agents.config import load_config
 from unlearn_gym import ENV_ID
-from unlearn_gym.errors import UnlearnGymError
-from unlearn_gym.models.weights import sha256
+from unlearn_gym.errors import SettingsError, UnlearnGymError
+from unlearn_gym.files import sha256, write_json
 
 FIRST_TRAINING_SEED = 1_000_000
 """Training seeds begin here and validation seeds at twice that; a comparison's begin at 0."""
@@ -67,8 +66,11 @@ def train(
 ) -> Path:
     """Train PPO on SISSUnlearn-v0; writes agent.zip, best_model.zip, checkpoints, curves and a manifest."""
     settings = load_config(task, config)
-    total, workers = timesteps or settings.n_timesteps, n_envs or settings.n_envs
+    total = settings.n_timesteps if timesteps is None else timesteps
+    workers = settings.n_envs if n_envs is None else n_envs
     folder = out or Path("runs/agents") / f"{task}-{reward}-{seed}"
+    if total < 1 or workers < 1:
+        raise SettingsError(f"timesteps={total} and n_envs={workers} must be at least 1")
     options = {"reward": reward}
     make_env(task, options, None)().close()  # a bad task or option fails here, in one line
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +99,7 @@ def train(
         "versions": {"unlearn_gym": unlearn_gym.__version__, "stable_baselines3": sb3_version},
         "sha256": sha256(path),
     }  # fmt: skip
-    path.with_suffix(".json").write_text(json.dumps(manifest, indent=2) + "\n")
+    write_json(path.with_suffix(".json"), manifest)
     print(f"{path}: {agent.num_timesteps} steps in {manifest['seconds']} s")
     return path
 

@@ -22,11 +22,12 @@ from unlearn_gym.policies.registry import SHIPPED_AGENTS
 
 from .test_policies import CONTEXT, OBS, info
 
+LOW, HIGH = np.float32(-1), np.float32(1)
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def rescaled(task: str = "gaussians-2d"):
-    return gym.wrappers.RescaleAction(gym.make("SISSUnlearn-v0", task=task, horizon=4), np.float32(-1), np.float32(1))
+    return gym.wrappers.RescaleAction(gym.make("SISSUnlearn-v0", task=task, horizon=4), LOW, HIGH)
 
 
 def train(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -79,16 +80,19 @@ def test_an_agent_of_another_environment_is_refused(env, message, tmp_path):
         make_policy(str(tmp_path / "a.zip"), CONTEXT)
 
 
-def test_an_agent_of_another_lambda_range_is_refused(tmp_path):
-    env = gym.make("SISSUnlearn-v0", task="gaussians-2d", lambda_min=0.3)
-    PPO("MlpPolicy", env, device="cpu").save(tmp_path / "a.zip")
-    with pytest.raises(PolicyError, match=r"acts in \[0.3, 0.9\]"):
-        make_policy(str(tmp_path / "a.zip"), CONTEXT)
+@pytest.mark.parametrize("options", [{"lambda_min": 0.3}, {"normalize_features": False}])
+@pytest.mark.parametrize("wrap", [lambda env: env, lambda env: gym.wrappers.RescaleAction(env, LOW, HIGH)])
+def test_an_agent_of_other_observations_or_another_lambda_range_is_refused(options, wrap, tmp_path):
+    PPO("MlpPolicy", wrap(gym.make("SISSUnlearn-v0", task="gaussians-2d", **options)), device="cpu").save(
+        tmp_path / "a.zip"
+    )
+    with pytest.raises(PolicyError, match="observations in other bounds"):
+        make_policy(str(tmp_path / "a.zip"), policy_context(SISSUnlearnEnv("gaussians-2d")))
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED_AGENTS.rglob("*.zip")), ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_shipped_agents_are_those_of_their_manifest_and_act(path):
-    from unlearn_gym.models.weights import sha256
+    from unlearn_gym.files import sha256
 
     manifest = json.loads(path.with_suffix(".json").read_text())
     assert manifest["sha256"] == sha256(path)
@@ -119,7 +123,12 @@ def test_a_bad_config_is_named(text, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(["--task", "nothing"], "unknown task"), (["--reward", "money"], "reward='money'")]
+    ("arguments", "message"),
+    [
+        (["--task", "nothing"], "unknown task"),
+        (["--reward", "money"], "reward='money'"),
+        (["--n-envs", "0"], "n_envs=0"),
+    ],
 )
 def test_bad_arguments_are_one_line_and_leave_nothing_behind(arguments, message, tmp_path):
     done = train(*arguments, cwd=tmp_path)

@@ -25,10 +25,15 @@ def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["compare", "--policies", "statik:0.5"], "did you mean 'static'"),
         (["compare", "--option", "horizont=3"], "did you mean 'horizon'"),
         (["compare", "--option", "horizon"], "must be name=value"),
+        (["compare", "--option", "horizon=3", "--option", "horizon=4"], "each name once"),
+        (["compare", "--option", "task=x"], "unknown option 'task'"),
+        (["compare", "--first-seed", "-1"], "seed -1 is negative"),
+        (["bench", "--pairs", "0"], "pairs=0"),
+        (["bench", "--threads", "0"], "threads=0"),
         (["compare", "--seeds", "0"], "seeds is empty"),
         (["compare", "--jobs", "0"], "jobs=0"),
         (["compare", "--quality-samples", "20", "--task", "gaussians-2d"], "KID"),
-        (["compare", "--data-root", "nowhere"], "data root nowhere is not a folder"),
+        (["compare", "--data-root", "nowhere"], "nowhere is not a folder"),
         (["pretrain", "--task", "nothing"], "unknown task 'nothing'"),
         (["pretrain", "--task", "gaussians-2d", "--updates", "0"], "updates=0"),
         (["train-classifier"], "give --data-root"),
@@ -47,7 +52,19 @@ def test_bad_input_is_one_line_status_2_and_leaves_nothing_behind(arguments, mes
 
 
 def test_compare_and_report_from_the_command_line(tmp_path):
-    arguments = ["--task", "gaussians-2d", "--policies", "static:0.2", "prior", "--seeds", "2", "--option", "horizon=5"]
+    arguments = [
+        "--task",
+        "gaussians-2d",
+        "--policies",
+        "static:0.2",
+        "prior",
+        "--seeds",
+        "2",
+        "--option",
+        "horizon=5",
+        "--option",
+        "batch_size=8",
+    ]
     sizes = ["--forget-samples", "200", "--quality-samples", "200", "--out", "out"]
     done = cli("compare", *arguments, *sizes, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -55,6 +72,7 @@ def test_compare_and_report_from_the_command_line(tmp_path):
         assert text in done.stdout
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(results["cells"]) == 6
+    assert (results["settings"]["horizon"], results["settings"]["batch_size"]) == (5, 8)
     before = (tmp_path / "out" / "report.md").read_text()
     assert cli("report", "out", cwd=tmp_path).returncode == 0
     assert (tmp_path / "out" / "report.md").read_text() == before

@@ -8,16 +8,8 @@ import pytest
 import torch
 
 from unlearn_gym.errors import PolicyError, ResultsError, SettingsError
-from unlearn_gym.evaluation.comparison import (
-    FINETUNE,
-    ORACLE,
-    UNTOUCHED,
-    Comparison,
-    load_results,
-    pack_samples,
-    run_comparison,
-    unpack_samples,
-)
+from unlearn_gym.evaluation.cell import FINETUNE, ORACLE, UNTOUCHED, pack_samples, unpack_samples
+from unlearn_gym.evaluation.comparison import Comparison, default_policies, load_results, run_comparison
 from unlearn_gym.evaluation.metrics import EvaluationSettings
 from unlearn_gym.evaluation.report import paired_rows, per_seed, summary_rows, verdict, write_report
 
@@ -79,9 +71,9 @@ def test_cells_of_a_changed_agent_or_module_are_run_again(tmp_path, monkeypatch)
     keys = []
     for value in (0.2, 0.3):
         source.write_text(f"def choose(obs):\n    return {value}\n")
-        keys.append(small().cell_key("a_policy:choose"))
-    assert keys[0] != keys[1]
-    assert small().cell_key("static:0.2") == small().cell_key("prior")
+        keys.append(small(("a_policy:choose", "prior")).cell_keys())
+    assert keys[0]["a_policy:choose"] != keys[1]["a_policy:choose"]
+    assert keys[0]["prior"] == keys[1]["prior"]
 
 
 def test_packed_samples_come_back():
@@ -132,6 +124,9 @@ def test_a_diverged_run_is_reported_without_figures(tmp_path):
         ({"seeds": ()}, ResultsError, "seeds is empty"),
         ({"seeds": (1, 1)}, ResultsError, "seeds names 1 twice"),
         ({"policies": ("statik:0.1",)}, PolicyError, "did you mean 'static'"),
+        ({"policies": ("untouched",)}, PolicyError, "'untouched' is in every comparison"),
+        ({"policies": ("math:sqrt",)}, PolicyError, "fails when asked for λ"),
+        ({"seeds": (-1,)}, ResultsError, "seed -1 is negative"),
         ({"horizont": 3}, SettingsError, "did you mean 'horizon'"),
     ],
 )
@@ -144,6 +139,38 @@ def test_bad_input_fails_before_anything_runs(changes, error, message, tmp_path)
 def test_missing_and_damaged_results_are_named(tmp_path):
     with pytest.raises(ResultsError, match=r"no results\.json"):
         load_results(tmp_path)
-    (tmp_path / "results.json").write_text("{")
-    with pytest.raises(ResultsError, match="damaged"):
-        load_results(tmp_path)
+    for text, message in (("{", "damaged"), ("{}", "lacks 'calibration'"), ("[]", "lacks 'calibration'")):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(ResultsError, match=message):
+            load_results(tmp_path)
+
+
+def test_a_model_that_the_last_update_blew_up_counts_as_diverged_and_does_not_rank(tmp_path):
+    comparison = small(("static:0.3",), (0,), horizon=1, optimizer="sgd", learning_rate=1e12, max_grad_norm=None)
+    for _ in range(2):  # and the second time is read from the cells
+        results = run_comparison(comparison, tmp_path)
+    cell = next(c for c in results["cells"] if c["policy"] == "static:0.3")
+    assert (cell["diverged"], cell["metrics"]) == (True, {})
+    assert verdict(results) == ["No policy finished all its runs."]
+    write_report(results, tmp_path)
+
+
+def test_another_first_seed_still_makes_a_report(finished, tmp_path):
+    run_comparison(small(), tmp_path)
+    write_report(run_comparison(small(seeds=(1,)), tmp_path), tmp_path)
+    assert (tmp_path / "samples.png").exists()
+
+
+def test_a_task_of_ones_own_runs_in_other_processes(tmp_path):
+    import dataclasses
+
+    from unlearn_gym.tasks import get_task, register_task
+
+    register_task(dataclasses.replace(get_task("gaussians-2d"), name="my-gaussians"))
+    comparison = dataclasses.replace(small(("static:0.3",), (0,)), task="my-gaussians")
+    assert len(run_comparison(comparison, tmp_path, jobs=2)["cells"]) == 3
+
+
+def test_default_policies_leave_out_agents_that_do_not_ship():
+    assert {"ppo", FINETUNE} <= set(default_policies("mnist-trousers"))
+    assert not {"ppo", "ppo-potential"} & set(default_policies("no-such-task"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import pickle
@@ -138,6 +139,23 @@ def test_divergence_ends_the_episode_cleanly_and_harms_no_other():
     assert env.observation_space.contains(obs)
 
 
+def test_a_probe_loss_beyond_all_bounds_is_divergence_under_the_potential_reward():
+    env = make(reward="potential", learning_rate=1e12)
+    env.reset(seed=0)
+    obs, reward, terminated, _, info = env.step(0.5)
+    assert (reward, terminated, info["diverged"]) == (-10.0, True, True)
+    assert env.observation_space.contains(obs)
+
+
+def test_a_copied_environment_goes_its_own_way():
+    env = make()
+    env.reset(seed=0)
+    twin = copy.deepcopy(env)
+    expected = [env.step(v)[0] for v in (0.3, 0.6)]
+    np.testing.assert_array_equal(expected, [twin.step(v)[0] for v in (0.3, 0.6)])
+    assert env.unwrapped.run.model is not twin.unwrapped.run.model
+
+
 @pytest.mark.parametrize("reward", ["siss", "potential"])
 @pytest.mark.parametrize("features", ["lagged", "fresh"])
 def test_every_form_of_reward_and_features_stays_in_its_spaces(reward, features):
@@ -160,11 +178,11 @@ def test_potential_rewards_telescope_to_the_potential():
     assert total == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("action", [0.05, 0.95, float("nan"), [0.5, 0.5], [[0.5]], []])
+@pytest.mark.parametrize("action", [0.05, 0.95, float("nan"), [0.5, 0.5], [[0.5]], [], "high"])
 def test_a_bad_action_is_named_and_changes_nothing(action):
     env = make().unwrapped
     env.reset(seed=0)
-    with pytest.raises(ActionError, match=r"λ=|shape"):
+    with pytest.raises(ActionError, match=r"λ=|shape|not a number"):
         env.step(action)
     assert env.run.updates == 0
 
@@ -205,8 +223,8 @@ def test_spec_survives_json_and_pickle():
     assert json.loads(env.spec.to_json())["kwargs"]["horizon"] == 5
     copies = [gym.make(spec), gym.make(pickle.loads(pickle.dumps(env.spec)))]
     expected = rollout(env, [0.3, 0.6], 0)
-    for copy in copies:
-        for a, b in zip(rollout(copy, [0.3, 0.6], 0), expected, strict=True):
+    for remade in copies:
+        for a, b in zip(rollout(remade, [0.3, 0.6], 0), expected, strict=True):
             np.testing.assert_array_equal(a, b)
 
 

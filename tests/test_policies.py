@@ -23,9 +23,13 @@ SPECS = (
 
 
 def info(gradient: float = 0.0, moment: np.ndarray | None = None):
-    curve = np.ones(len(SECOND_MOMENT_GRID)) if moment is None else moment
+    """What a policy sees of a step; ``moment`` is E‖g_r‖² and E‖g_f‖² on the grid, with multiplier 1."""
     names = ("pathwise", "score_function", "kl_only", "variance")
-    return {"diverged": False, "terms": {"lambda_gradients": dict.fromkeys(names, gradient), "second_moment": curve}}
+    products = np.ones((3, len(SECOND_MOMENT_GRID)))
+    if moment is not None:
+        products = np.stack([moment[0], np.zeros_like(moment[0]), moment[1]])
+    terms = {"lambda_gradients": dict.fromkeys(names, gradient), "second_moment": products}
+    return {"diverged": False, "terms": {**terms, "forget_grad_norm": 1.0, "forget_multiplier": 1.0}}
 
 
 def play(policy, steps: int, gradient: float = 0.0, seed: int = 0) -> list[float]:
@@ -101,15 +105,42 @@ def test_variational_step_is_the_gradient_of_the_elbo():
 
 
 def test_variance_policy_finds_the_minimiser_of_the_second_moment():
-    a, b = 1.0, 4.0
-    moment = a / (1 - SECOND_MOMENT_GRID) + b / SECOND_MOMENT_GRID
+    moment = np.stack([1.0 / (1 - SECOND_MOMENT_GRID), 4.0 / SECOND_MOMENT_GRID])
     policy = make_policy("variational:variance:0", CONTEXT)
     assert policy.act(OBS, info(moment=moment)) == pytest.approx(2 / 3, abs=0.02)  # √b / (√a + √b)
 
 
+def chosen_by_variance(rule: str, first: float, *, closed_loop: bool) -> float:
+    """What the variance policy arrives at over batches drawn at ``first``, or at its own choices after it."""
+    env = SISSUnlearnEnv("gaussians-2d", forget_grad_rule=rule, dataset_factors="none", batch_size=256)
+    policy = make_policy("variational:variance:0", policy_context(env))
+    policy.reset(0)
+    choice = first
+    for _ in range(80):
+        lambda_ = choice if closed_loop else first
+        choice = policy.act(OBS, {"terms": env.run.measure(lambda_).as_dict(), "diverged": False})
+    return choice
+
+
+def test_variance_policys_choice_does_not_depend_on_the_lambda_that_drew_the_batches():
+    chosen = [chosen_by_variance("loss", lambda_, closed_loop=False) for lambda_ in (0.2, 0.5, 0.8)]
+    assert max(chosen) - min(chosen) < 0.08, chosen
+
+
+def test_variance_policy_arrives_at_one_point_where_the_multiplier_follows_lambda():
+    chosen = [chosen_by_variance("relative_norm", lambda_, closed_loop=True) for lambda_ in (0.2, 0.8)]
+    assert max(chosen) - min(chosen) < 0.08, chosen
+
+
 def test_variance_policy_survives_an_unusable_estimate():
     policy = make_policy("variational:variance", CONTEXT)
-    assert policy.act(OBS, info(moment=np.full(len(SECOND_MOMENT_GRID), np.nan))) == pytest.approx(0.5)
+    broken = np.full((2, len(SECOND_MOMENT_GRID)), np.nan)
+    assert policy.act(OBS, info(moment=broken)) == pytest.approx(0.5)
+
+
+def test_variance_policy_works_in_a_range_between_grid_points():
+    policy = make_policy("variational:variance", PolicyContext("gaussians-2d", 0.501, 0.509, 60))
+    assert 0.501 <= policy.act(OBS, info()) <= 0.509
 
 
 @pytest.mark.parametrize(

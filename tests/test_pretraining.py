@@ -10,12 +10,14 @@ import torch
 
 from unlearn_gym.calibration import calibrate
 from unlearn_gym.errors import DataError, SettingsError, TaskError, WeightsError
+from unlearn_gym.files import sha256
 from unlearn_gym.models import MLPConfig, UNetConfig, build_network
 from unlearn_gym.models.classifier import CLASSIFIER_WEIGHTS
-from unlearn_gym.models.weights import load_weights, read_tensors, save_weights, sha256
+from unlearn_gym.models.weights import load_weights, read_tensors, save_weights
 from unlearn_gym.pretraining import Pretraining, PretrainSettings, one_cycle, pretrain, training_samples
 from unlearn_gym.tasks import TaskData, get_task, load_data, register_task
-from unlearn_gym.tasks.mnist import NUM_FORGET, TROUSERS_LABEL
+from unlearn_gym.tasks.gaussians import nearest_mode
+from unlearn_gym.tasks.mnist import NUM_FORGET, TROUSERS_LABEL, load_shipped
 
 from .conftest import TASKS
 
@@ -52,11 +54,14 @@ def test_pretrain_writes_weights_manifest_and_curves(tmp_path):
     assert (again["sha256"], again["updates_this_session"]) == (manifest["sha256"], 0)
 
 
-def test_a_checkpoint_of_another_network_is_refused(tmp_path):
-    save_weights(tmp_path / "c.safetensors", {"vector": torch.zeros(3)})
-    training = Pretraining(TASK, *training_samples(load_data(TASK), retain_only=True), SETTINGS)
-    with pytest.raises(WeightsError, match="another network"):
-        training.load(tmp_path / "c.safetensors")
+@pytest.mark.parametrize("change", [{"seed": 1}, {"batch_size": 8}, {"updates": 60}])
+def test_a_checkpoint_of_another_training_is_refused(change, tmp_path):
+    data = load_data(TASK)
+    pretrain(TASK, data, SETTINGS, tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("*.*")}
+    with pytest.raises(WeightsError, match="another network, data or settings"):
+        pretrain(TASK, data, SETTINGS.model_copy(update=change), tmp_path)
+    assert before == {p.name: p.read_bytes() for p in tmp_path.glob("*.*")}
 
 
 def test_one_cycle_rises_then_falls_to_zero():
@@ -155,6 +160,20 @@ def test_a_missing_data_root_is_named(tmp_path):
         load_data(get_task("mnist-trousers"), tmp_path / "nothing")
     with pytest.raises(DataError, match="no usable MNIST under"):
         load_data(get_task("mnist-trousers"), tmp_path)
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 garbage", None])
+def test_a_damaged_archive_is_named(damage, tmp_path):
+    whole = (get_task("mnist-trousers").assets / "data.npz").read_bytes()
+    (tmp_path / "data.npz").write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    with pytest.raises(DataError, match="missing or damaged"):
+        load_shipped(tmp_path / "data.npz")
+
+
+def test_gaussians_are_shuffled_so_that_any_part_holds_every_kept_mode():
+    data = load_data(TASK)
+    for samples in (data.retain[:300], data.heldout[:300]):
+        assert set(nearest_mode(samples).tolist()) - {-1} == set(range(1, 8))
 
 
 def test_the_full_data_is_read_through_torchvision(tmp_path):

@@ -143,15 +143,25 @@ def test_second_moment_from_one_lambda_predicts_that_of_another():
     direct, predicted = [], []
     for lambda_ in lambdas.tolist():
         terms, _ = terms_at(lambda_, 400_000, seed=5)
-        squared = siss.squared_output_gradients(terms, forget_multiplier=1.5, **coefficients())
-        direct.append(squared.mean())
-        predicted.append(siss.gradient_second_moment(terms, squared, lambdas)[0])
+        products = siss.output_gradient_products(terms, **coefficients())
+        direct.append(siss.combine_products(products, 1.5).mean())
+        predicted.append(siss.combine_products(siss.gradient_second_moment(terms, products, lambdas), 1.5))
     for row in predicted:
         torch.testing.assert_close(row, torch.stack(direct), rtol=0.03, atol=0)
 
 
+def test_combined_products_are_the_squared_difference():
+    terms, _ = terms_at(0.4, 100, seed=6)
+    products = siss.output_gradient_products(terms, **coefficients())
+    g_r, g_f = siss.output_gradients(terms, **coefficients())
+    scale = terms.retain_residual.numel() / 2  # output_gradients are of the batch's mean
+    expected = (scale * (g_r - 1.5 * g_f)).square().mean(1)
+    torch.testing.assert_close(siss.combine_products(products, 1.5), expected, rtol=1e-3, atol=1e-5)
+
+
 def test_second_moment_slope_is_the_curves_slope():
     terms, _ = terms_at(0.4, 1000, seed=6)
-    squared = siss.squared_output_gradients(terms, forget_multiplier=1.5, **coefficients())
-    curve, slope = siss.gradient_second_moment(terms, squared, torch.tensor([0.399, 0.401]))
+    products = siss.output_gradient_products(terms, **coefficients())
+    curve = siss.combine_products(siss.gradient_second_moment(terms, products, torch.tensor([0.399, 0.401])), 1.5)
+    slope = siss.second_moment_slope(terms, products, 1.5)
     torch.testing.assert_close(slope, (curve[1] / curve[0]).log() / 0.002, rtol=1e-2, atol=1e-3)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from unlearn_gym.envs import SISSUnlearnEnv
+from unlearn_gym.errors import SettingsError
 
 WARMUP = 3
 
@@ -46,6 +47,8 @@ def benchmark(task: str, pairs: int = 40) -> dict[str, float]:
     ``step_overhead``: env.step, optimizer included, over one forward and two backward passes;
     ``reset_over_step``: env.reset over env.step. Both are medians over pairs measured in turns.
     """
+    if pairs < 1:
+        raise SettingsError(f"pairs={pairs} must be at least 1")
     env = SISSUnlearnEnv(task, horizon=10 * (pairs + WARMUP))
     env.reset(seed=0)
     bare, step, overhead = alternate(bare_passes(env), lambda: env.step(0.5), pairs)

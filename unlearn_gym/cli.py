@@ -42,8 +42,13 @@ def _progress(description: str) -> Callable[[int, int, float], None]:
 
 
 def _set_threads(threads: int | None) -> None:
+    from unlearn_gym.errors import SettingsError
+
     if threads is not None:
         import torch
+
+        if threads < 1:
+            raise SettingsError(f"threads={threads} must be at least 1")
 
         torch.set_num_threads(threads)
 
@@ -125,13 +130,14 @@ def calibrate(
 ) -> None:
     """Measure the feature constants of a task; writes constants.json beside the task's weights."""
     from unlearn_gym.calibration import calibrate as measure
+    from unlearn_gym.files import write_json
     from unlearn_gym.tasks import get_task, load_data
 
     _set_threads(threads)
     chosen = get_task(task)
     constants = measure(chosen, load_data(chosen, data_root), num_batches=num_batches, command=_command())
     path = (out or chosen.assets) / "constants.json"
-    path.write_text(constants.model_dump_json(indent=2) + "\n")
+    write_json(path, constants.model_dump())
     print(f"{path}: {constants.model_dump_json()}")
 
 
@@ -155,21 +161,25 @@ def compare(
     out: Path = Path("runs/compare"),
     forget_samples: int = 1000,
     quality_samples: int = 500,
-    option: Annotated[tuple[str, ...], tyro.conf.arg(help="settings as name=value, e.g. horizon=100")] = (),
+    option: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(help="a run setting, e.g. horizon=100; repeatable")
+    ] = (),
     data_root: DataRoot = None,
+    download: bool = False,
 ) -> None:
     """Run every policy on the same seeds and batches, evaluate the final models, write a report; resumes."""
-    from unlearn_gym.evaluation.comparison import DEFAULT_POLICIES, Comparison, run_comparison
+    from unlearn_gym.evaluation.comparison import Comparison, default_policies, run_comparison
     from unlearn_gym.evaluation.metrics import EvaluationSettings
     from unlearn_gym.evaluation.report import write_report
-    from unlearn_gym.tasks import resolve_data_root
+    from unlearn_gym.tasks import get_task, load_data, resolve_data_root
 
     root = resolve_data_root(data_root)
+    load_data(get_task(task), root, download=download)
     comparison = Comparison(
         task=task,
-        policies=policies or DEFAULT_POLICIES,
+        policies=policies or default_policies(task),
         seeds=tuple(range(first_seed, first_seed + seeds)),
-        options=dict(_parse_option(o) for o in option),
+        options=_parse_options(option),
         evaluation=EvaluationSettings(forget_samples, quality_samples),
         data_root=None if root is None else str(root.resolve()),
     )
@@ -189,19 +199,22 @@ def report(folder: Annotated[Path, tyro.conf.Positional]) -> None:
     _print_tables(results)
 
 
-def _parse_option(text: str) -> tuple[str, Any]:
-    """``name=value``, with the value as JSON where it is JSON."""
+def _parse_options(texts: tuple[str, ...]) -> dict[str, Any]:
+    """``name=value`` each, with the value as JSON where it is JSON."""
     import json
 
     from unlearn_gym.errors import SettingsError
 
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise SettingsError(f"option {text!r} must be name=value, as in horizon=100")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or name in options:
+            raise SettingsError(f"option {text!r} must be name=value, as in horizon=100, each name once")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
 
 
 def _cell_progress() -> CellProgress:
@@ -273,6 +286,8 @@ def main() -> None:
         sys.exit(_fail(str(error)))
     except ValidationError as error:
         sys.exit(_fail(describe_validation_error(error)))
+    except OSError as error:
+        sys.exit(_fail(f"{error}; check the path and its permissions"))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted; the same command resumes", status=130))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import platform
 import time
@@ -14,11 +14,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from unlearn_gym.diffusion import grid_loss, q_sample
+from unlearn_gym.diffusion import q_sample
 from unlearn_gym.errors import WeightsError
+from unlearn_gym.files import sha256, write_json
 from unlearn_gym.models.flat import FlatParameters
-from unlearn_gym.models.weights import read_tensors, save_weights, sha256
+from unlearn_gym.models.weights import read_tensors, save_weights
 from unlearn_gym.tasks import Task, TaskData, to_model_range
+from unlearn_gym.tasks.probe import set_losses
 
 PROBE_SIZE = 1000
 
@@ -66,6 +68,7 @@ class Pretraining:
         self.ema = self.flat.vector.detach().clone()
         self.optimizer = torch.optim.AdamW([self.flat.vector], lr=1.0, weight_decay=settings.weight_decay, fused=True)
         self.generator = torch.Generator().manual_seed(settings.seed)
+        self.fingerprint = _fingerprint(task, samples, labels, settings)
         self.done = 0
 
     def update(self) -> Tensor:
@@ -88,16 +91,10 @@ class Pretraining:
         return loss.detach()
 
     def averaged_model(self) -> nn.Module:
-        """The network with the averaged weights in place of the current ones (until the next update)."""
-        self.current = self.flat.vector.detach().clone()
+        """The network with the averaged weights in place of its own: the end of the training."""
         with torch.no_grad():
             self.flat.vector.copy_(self.ema)
         return self.model
-
-    def continue_training(self) -> None:
-        """Undo :meth:`averaged_model`."""
-        with torch.no_grad():
-            self.flat.vector.copy_(self.current)
 
     def save(self, path: Path) -> None:
         """Write everything that :meth:`load` needs to continue exactly here."""
@@ -106,15 +103,18 @@ class Pretraining:
             path,
             {
                 "vector": self.flat.vector, "ema": self.ema, "done": torch.tensor(self.done),
-                "generator": self.generator.get_state(), **{f"optimizer.{k}": v for k, v in state.items()},
+                "generator": self.generator.get_state(), "fingerprint": self.fingerprint,
+                **{f"optimizer.{k}": v for k, v in state.items()},
             },
         )  # fmt: skip
 
     def load(self, path: Path) -> None:
-        """Continue from :meth:`save`; raises :class:`WeightsError` for a checkpoint of another network."""
+        """Continue from :meth:`save`; raises :class:`WeightsError` for a checkpoint of another training."""
         tensors = read_tensors(path)
-        if "vector" not in tensors or tensors["vector"].shape != self.flat.vector.shape:
-            raise WeightsError(f"{path} is a checkpoint of another network; choose another --out")
+        if not torch.equal(tensors.get("fingerprint", torch.empty(0)), self.fingerprint):
+            raise WeightsError(
+                f"{path} is of a training with another network, data or settings; choose another --out or remove it"
+            )
         with torch.no_grad():
             self.flat.vector.copy_(tensors["vector"])
             self.ema.copy_(tensors["ema"])
@@ -135,19 +135,15 @@ def training_samples(data: TaskData, *, retain_only: bool) -> tuple[Tensor, Tens
     return samples, torch.cat([data.retain_labels, data.forget_labels])
 
 
-def probe_losses(model: nn.Module, data: TaskData, alphas_cumprod: Tensor) -> dict[str, float]:
-    """Noise-prediction loss on held-out retain data and on forget data, on a fixed grid."""
-    losses = {}
-    for name in ("heldout", "forget"):
-        samples, labels = getattr(data, name)[:PROBE_SIZE], getattr(data, f"{name}_labels")
-        losses[f"{name}_loss"] = grid_loss(
-            model,
-            to_model_range(samples),
-            alphas_cumprod,
-            labels=None if labels is None else labels[:PROBE_SIZE],
-            generator=torch.Generator().manual_seed(0),
-        ).mean().item()  # fmt: skip
-    return losses
+def _fingerprint(task: Task, samples: Tensor, labels: Tensor | None, settings: PretrainSettings) -> Tensor:
+    """SHA-256 of all that a training depends on, uint8 ``(32,)``."""
+    parts = [task.schedule.model_dump_json(), settings.model_dump_json(exclude={"checkpoint_every"})]
+    parts.append(task.network.model_dump_json() if isinstance(task.network, BaseModel) else task.name)
+    digest = hashlib.sha256("|".join(parts).encode())
+    digest.update(samples.numpy().tobytes())
+    if labels is not None:
+        digest.update(labels.numpy().tobytes())
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
 def pretrain(
@@ -187,7 +183,7 @@ def pretrain(
                 training.save(checkpoint)
         seconds = time.perf_counter() - started
         model = training.averaged_model()
-        figures = probe_losses(model, data, training.alphas_cumprod)
+        figures = set_losses(model, data, training.alphas_cumprod, num_samples=PROBE_SIZE)
         for key, value in figures.items():
             writer.add_scalar(f"pretrain/{key}", value, training.done)
     weights = out / f"{name}.safetensors"
@@ -202,5 +198,5 @@ def pretrain(
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "sha256": sha256(weights),
     }  # fmt: skip
-    (out / f"{name}.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    write_json(out / f"{name}.json", manifest)
     return manifest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unlearn_gym.files import sha256, write_json
 from unlearn_gym.models.classifier import NUM_DIGITS, TROUSERS, DigitGarmentClassifier
-from unlearn_gym.models.weights import save_weights, sha256
+from unlearn_gym.models.weights import save_weights
 from unlearn_gym.pretraining import one_cycle
 from unlearn_gym.tasks.data import to_model_range
 from unlearn_gym.tasks.mnist import load_torchvision
@@ -91,5 +91,5 @@ def train_classifier(
         "command": command, "updates": updates, "batch_size": batch_size, "seed": seed,
         "figures": figures, "versions": {"torch": torch.__version__}, "sha256": sha256(path),
     }  # fmt: skip
-    (out / "classifier.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    write_json(out / "classifier.json", manifest)
     return manifest

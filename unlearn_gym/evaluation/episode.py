@@ -29,7 +29,8 @@ class Episode:
 def policy_context(env: SISSUnlearnEnv) -> PolicyContext:
     """What policies may know of ``env``."""
     s = env.settings
-    return PolicyContext(env.task.name, s.lambda_min, s.lambda_max, s.horizon)
+    low, high = (tuple(bound.tolist()) for bound in (env.observation_space.low, env.observation_space.high))
+    return PolicyContext(env.task.name, s.lambda_min, s.lambda_max, s.horizon, low, high)
 
 
 def run_episode(env: SISSUnlearnEnv, policy: LambdaPolicy, seed: int) -> Episode:

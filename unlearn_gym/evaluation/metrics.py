@@ -7,6 +7,7 @@ features: their values compare models within this package and nothing outside it
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,13 +16,13 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from unlearn_gym.diffusion import grid_loss, sample
+from unlearn_gym.diffusion import sample
 from unlearn_gym.errors import ResultsError
 from unlearn_gym.tasks import Task, TaskData, to_model_range
+from unlearn_gym.tasks.probe import set_losses
 
 KID_SUBSETS = 50
 KID_SUBSET_SIZE = 200
-LOSS_SAMPLES = 300
 
 
 def fid(features: Tensor, reference: Tensor) -> float:
@@ -135,8 +136,10 @@ class Evaluator:
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         """All metrics of ``model``; raises :class:`ResultsError` when samples are too few for one."""
-        model = model.cpu().to(memory_format=torch.channels_last).eval()
-        figures = self.losses(model)
+        model = copy.deepcopy(model).cpu().to(memory_format=torch.channels_last).eval()
+        figures = set_losses(
+            model, self.data, self.alphas_cumprod, seed=self.settings.seed, batch_size=self.settings.batch_size
+        )
         if self.task.classify is None or self.reference is None:
             return Evaluation(figures, None, None)
         samples, labels = self.quality_samples(model)
@@ -173,19 +176,6 @@ class Evaluator:
         labels = None if label is None else torch.full((n,), label)
         noise = _noise((n, *self.data.retain.shape[1:]), self.settings.seed + 1)
         return draw_samples(model, self.task, labels, noise, self.settings)
-
-    def losses(self, model: nn.Module) -> dict[str, float]:
-        """``forget_loss`` and ``retain_loss`` on the fixed grid."""
-        figures = {}
-        for key, name in (("forget_loss", "forget"), ("retain_loss", "heldout")):
-            samples, labels = getattr(self.data, name)[:LOSS_SAMPLES], getattr(self.data, f"{name}_labels")
-            losses = grid_loss(
-                model, to_model_range(samples), self.alphas_cumprod,
-                labels=None if labels is None else labels[:LOSS_SAMPLES],
-                generator=torch.Generator().manual_seed(self.settings.seed), batch_size=self.settings.batch_size,
-            )  # fmt: skip
-            figures[key] = losses.mean().item()
-        return figures
 
     def calibration(self) -> dict[str, float]:
         """What the classifier says of real data: share called forget data in held-out retain data (of the

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from unlearn_gym.envs.rendering import draw_samples
-from unlearn_gym.evaluation.comparison import FINETUNE, ORACLE, REFERENCES, UNTOUCHED, unpack_samples
+from unlearn_gym.evaluation.cell import FINETUNE, ORACLE, REFERENCES, UNTOUCHED, unpack_samples
 from unlearn_gym.evaluation.metrics import wilson_interval
 from unlearn_gym.evaluation.statistics import Estimate, bootstrap_mean, paired_difference
 
@@ -27,17 +27,19 @@ class Metric:
     name: str
     title: str
     form: Callable[[float], str]
-    better: str
 
 
 METRICS = (
-    Metric("forget_rate", "forget rate", lambda v: f"{100 * v:.1f} %", "lower"),
-    Metric("forget_loss", "forget loss", lambda v: f"{v:.4f}", "higher, up to the oracle's"),
-    Metric("retain_loss", "retain loss", lambda v: f"{v:.4f}", "lower"),
-    Metric("kid", "KID×10³", lambda v: f"{1e3 * v:.1f}", "lower"),
-    Metric("fid", "FID", lambda v: f"{v:.2f}", "lower"),
-    Metric("class_accuracy", "class accuracy", lambda v: f"{100 * v:.1f} %", "higher"),
+    Metric("forget_rate", "forget rate", lambda v: f"{100 * v:.1f} %"),
+    Metric("forget_loss", "forget loss", lambda v: f"{v:.4f}"),
+    Metric("retain_loss", "retain loss", lambda v: f"{v:.4f}"),
+    Metric("kid", "KID×10³", lambda v: f"{1e3 * v:.1f}"),
+    Metric("fid", "FID", lambda v: f"{v:.2f}"),
+    Metric("class_accuracy", "class accuracy", lambda v: f"{100 * v:.1f} %"),
 )
+MIN_SEEDS_TO_STAR = 8
+"""A percentile bootstrap of fewer values covers far less than 95 %: no verdict on fewer."""
+
 PAIRED = ("forget_rate", "forget_loss", "retain_loss", "kid")
 
 
@@ -106,10 +108,15 @@ def paired_rows(results: Results) -> tuple[list[str], list[list[str]]]:
         row = [policy]
         for m in metrics:
             difference = paired_difference(per_seed(results, policy, m.name), per_seed(results, baseline, m.name))
-            clear = difference.low > 0 or difference.high < 0
-            row.append(_cell_text(difference, m.form) + (" *" if clear and difference.low != difference.high else ""))
+            row.append(_cell_text(difference, m.form) + (" *" if is_clear(results, policy, difference) else ""))
         rows.append(row)
     return [f"policy − {baseline}", *(m.title for m in metrics)], rows
+
+
+def is_clear(results: Results, policy: str, difference: Estimate) -> bool:
+    """Whether a paired difference's interval excludes 0 on enough seeds to say so."""
+    enough = len(per_seed(results, policy, "retain_loss")) >= MIN_SEEDS_TO_STAR
+    return enough and difference.low != difference.high and (difference.low > 0 or difference.high < 0)
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
@@ -119,29 +126,33 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def verdict(results: Results) -> list[str]:
-    """Who forgot most at what cost, in sentences made from the figures."""
-    policies = [p for p in policies_in(results) if p not in (*REFERENCES, FINETUNE)]
-    name = "forget_rate" if per_seed(results, UNTOUCHED, "forget_rate") else "forget_loss"
-    metric = next(m for m in METRICS if m.name == name)
-    retain = next(m for m in METRICS if m.name == "retain_loss")
-    sign = 1 if name == "forget_rate" else -1
-    ranked = sorted(
-        (p for p in policies if per_seed(results, p, name)), key=lambda p: sign * estimate(results, p, name).mean
-    )
+    """Who forgot most at what cost, in sentences made from the figures; policies that diverged do not rank."""
+    diverged = {c["policy"] for c in results["cells"] if c["diverged"]}
+    ranked = [p for p in policies_in(results) if p not in (*REFERENCES, FINETUNE, *diverged)]
     if not ranked:
-        return ["No policy finished a run."]
+        return ["No policy finished all its runs."]
+    shown = [m for m in METRICS[:3] if per_seed(results, ranked[0], m.name)]
 
     def figures(policy: str) -> str:
-        return ", ".join(f"{m.title} {_cell_text(estimate(results, policy, m.name), m.form)}" for m in (metric, retain))
+        return ", ".join(f"{m.title} {_cell_text(estimate(results, policy, m.name), m.form)}" for m in shown)
 
+    def remembering(policy: str) -> tuple[float, float]:
+        rate = estimate(results, policy, "forget_rate").mean if shown[0].name == "forget_rate" else 0.0
+        return rate, -estimate(results, policy, "forget_loss").mean
+
+    most = min(ranked, key=remembering)
     cheapest = min(ranked, key=lambda p: estimate(results, p, "retain_loss").mean)
-    return [
+    oracle_loss = estimate(results, ORACLE, "forget_loss").mean
+    closest = min(ranked, key=lambda p: abs(estimate(results, p, "forget_loss").mean - oracle_loss))
+    lines = [
         f"Untouched model: {figures(UNTOUCHED)}. Retrained oracle: {figures(ORACLE)}.",
-        f"Forgot most: **{ranked[0]}** ({figures(ranked[0])}).",
-        f"Lowest retain loss: **{cheapest}** ({figures(cheapest)}).",
-        "Differences whose 95 % interval excludes 0 are starred in the paired table; it is not corrected for "
-        "the number of comparisons.",
+        f"Forgot most (lowest forget rate, then highest forget loss): **{most}**: {figures(most)}.",
+        f"Closest to the oracle's forget loss: **{closest}**: {figures(closest)}.",
+        f"Lowest retain loss: **{cheapest}**: {figures(cheapest)}.",
     ]
+    if diverged:
+        lines.append(f"Diverged in at least one run, and not ranked: {', '.join(sorted(diverged))}.")
+    return lines
 
 
 def _notes(results: Results) -> list[str]:
@@ -159,17 +170,18 @@ def _notes(results: Results) -> list[str]:
         f"{results['num_inference_steps']} steps of DPM-Solver++(2M), the same noise for every model.",
         f"- KID and FID: {results['feature_dim']} features of the task's own classifier, not Inception; reference: "
         f"{results['num_reference']} held-out retain samples, no forget data.",
-        "- Intervals: 95 % percentile bootstrap over seeds; a reference row has none.",
+        "- Intervals: 95 % percentile bootstrap over seeds; a reference row has none. They are too narrow for few "
+        f"seeds, so a paired difference is starred only from {MIN_SEEDS_TO_STAR} seeds on, where its interval excludes "
+        "0; stars are not corrected for the number of comparisons.",
     ]
-    untouched = per_seed(results, UNTOUCHED, "forget_rate")
-    if untouched:
-        n = evaluation["num_forget_samples"]
-        share = next(iter(untouched.values()))
-        low, high = wilson_interval(round(share * n), n)
-        lines.append(
-            f"- Forget rate of the untouched model: {100 * share:.1f} %, Wilson 95 % interval "
-            f"[{100 * low:.1f}, {100 * high:.1f}] % by its {n} samples alone."
-        )
+    n = evaluation["num_forget_samples"]
+    for policy in REFERENCES:
+        for share in per_seed(results, policy, "forget_rate").values():
+            low, high = wilson_interval(round(share * n), n)
+            lines.append(
+                f"- Forget rate of the {policy} model: {100 * share:.1f} %, Wilson 95 % interval "
+                f"[{100 * low:.1f}, {100 * high:.1f}] % by its {n} samples alone."
+            )
     if calibration:
         lines.append(
             f"- Calibration of the classifier on real data: it calls {100 * calibration['retain_called_forget']:.2f} % "
@@ -237,10 +249,10 @@ def draw_front(results: Results, path: Path) -> Path:
     return _save(figure, path)
 
 
-def _mean_trace(results: Results, policy: str, name: str) -> NDArray[np.float64]:
+def _traces(results: Results, policy: str, name: str) -> NDArray[np.float64]:
     traces = [c["trace"][name] for c in results["cells"] if c["policy"] == policy and "trace" in c]
-    shortest = min((len(t) for t in traces), default=0)
-    return np.array([t[:shortest] for t in traces], dtype=np.float64).reshape(len(traces), shortest)
+    longest = max((len(t) for t in traces), default=0)
+    return np.array([t + [None] * (longest - len(t)) for t in traces], dtype=np.float64).reshape(len(traces), longest)
 
 
 def draw_lambdas(results: Results, path: Path) -> Path:
@@ -252,10 +264,10 @@ def draw_lambdas(results: Results, path: Path) -> Path:
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     colors = _colors(results)
     for panel, policy in zip(panels, named, strict=False):
-        traces = _mean_trace(results, policy, "lambda_")
+        traces = _traces(results, policy, "lambda_")
         steps = np.arange(1, traces.shape[1] + 1)
         panel.plot(steps, traces.T, color=colors[policy], linewidth=0.6, alpha=0.5)
-        panel.plot(steps, traces.mean(axis=0), color=colors[policy], linewidth=1.8)
+        panel.plot(steps, np.nanmean(traces, axis=0), color=colors[policy], linewidth=1.8)
         panel.set_title(policy, fontsize=8)
         panel.spines[["top", "right"]].set_visible(False)
     for panel in panels[len(named) :]:
@@ -275,7 +287,9 @@ def draw_sample_grids(results: Results, path: Path) -> Path:
     figure = Figure(figsize=(4.2 * len(chosen), 4.6), layout="constrained")
     panels = figure.subplots(2, len(chosen), squeeze=False)
     for column, policy in enumerate(chosen):
-        cell = next(c for c in results["cells"] if c["policy"] == policy and c.get("samples"))
+        cell: dict[str, Any] = next(
+            (c for c in results["cells"] if c["policy"] == policy and c.get("samples")), {"samples": []}
+        )
         for row, packed in enumerate(cell["samples"]):
             draw_samples(panels[row, column], unpack_samples(packed), columns=10)
         panels[0, column].set_title(f"{policy}: the forget data's label", fontsize=9)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -49,8 +48,3 @@ def load_weights(model: nn.Module, path: Path) -> None:
         if not torch.isfinite(tensors[name]).all():
             raise WeightsError(f"{path}: {name!r} holds values that are not finite; restore or remake it")
     model.load_state_dict(tensors)
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -25,9 +25,7 @@ class Transition(NamedTuple):
 
 @runtime_checkable
 class LambdaPolicy(Protocol):
-    """A policy chooses λ. It may also have ``update(transition: Transition) -> None``, called after
-    every step, and ``trains_forget = False`` to ask for updates on retain data alone.
-    """
+    """A policy chooses λ. It may also have ``update(transition: Transition) -> None``, called after every step."""
 
     def reset(self, seed: int) -> None:
         """Begin an episode; every random draw of the policy comes from ``seed``."""
@@ -46,6 +44,8 @@ class PolicyContext:
     lambda_min: float
     lambda_max: float
     horizon: int
+    observation_low: tuple[float, ...] = ()
+    observation_high: tuple[float, ...] = ()
 
     def from_unit(self, share: float) -> float:
         """Map [0, 1] onto [lambda_min, lambda_max]."""

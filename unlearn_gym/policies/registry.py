@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from unlearn_gym.errors import PolicyError
+from unlearn_gym.errors import PolicyError, error_line
 from unlearn_gym.policies import open_loop, variational
 from unlearn_gym.policies.base import FunctionPolicy, LambdaPolicy, PolicyContext
 
@@ -58,7 +58,10 @@ def policy_source(spec: str, task: str) -> Path | None:
         return SHIPPED_AGENTS / task / f"{name}.zip"
     if name in BUILT_IN or len(arguments) != 1:
         return None
-    module = importlib.util.find_spec(name)
+    try:
+        module = importlib.util.find_spec(name)
+    except ImportError:
+        return None
     return Path(module.origin) if module is not None and module.origin else None
 
 
@@ -98,17 +101,21 @@ def _agent(path: Path, context: PolicyContext) -> LambdaPolicy:
 
 
 def _from_module(module: str, attribute: str) -> LambdaPolicy:
-    """A user's policy: an object with ``act``, a class or factory of such, or a function ``obs -> lambda_``."""
+    """A user's policy: an object with ``act``, a class of such, or a function ``obs -> lambda_``."""
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
         found: Any = getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
-        raise PolicyError(f"policy {module}:{attribute}: cannot import {module!r} ({error}); see {USAGE}") from None
     except AttributeError:
         raise PolicyError(f"policy {module}:{attribute}: {module!r} has no {attribute!r}") from None
+    except Exception as error:  # whatever the user's module raises
+        reason = error_line(error)
+        raise PolicyError(f"policy {module}:{attribute}: cannot import {module!r} ({reason}); see {USAGE}") from None
     if inspect.isclass(found):
-        found = found()
+        try:
+            found = found()
+        except TypeError as error:
+            raise PolicyError(f"policy {module}:{attribute} cannot be made without arguments ({error})") from None
     if isinstance(found, LambdaPolicy):
         return found
     if callable(found):

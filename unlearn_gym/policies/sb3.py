@@ -53,6 +53,12 @@ class SB3Policy:
                 f"{path} was trained on observations {observation.shape} and actions {action.shape}, "
                 f"SISSUnlearn-v0 has {OBSERVATION_SHAPE} and (1,); train it on this environment"
             )
+        bounds = (tuple(observation.low.tolist()), tuple(observation.high.tolist()))
+        if context.observation_low and bounds != (context.observation_low, context.observation_high):
+            raise PolicyError(
+                f"{path} was trained on observations in other bounds (other features or λ range): {bounds[0]} to "
+                f"{bounds[1]}; use it with the settings that it was trained with"
+            )
         self._low, self._high = float(action.low[0]), float(action.high[0])
         own_range = np.allclose([self._low, self._high], [context.lambda_min, context.lambda_max])
         if not own_range and (self._low, self._high) != (-1.0, 1.0):

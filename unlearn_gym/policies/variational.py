@@ -86,9 +86,10 @@ class VariancePolicy:
 
     Its parts are estimated from the batches just seen (:func:`unlearn_gym.siss.gradient_second_moment`) and averaged
     over steps with ``decay``; m is the share of the forget gradients' norm that the updates truly applied, averaged
-    alike, since the multiplier of one batch depends on the λ that drew it. This is no gradient of L_SISS,
-    whose expectation does not depend on λ: it is what λ truly acts on. z is the logit of λ in its range; its
-    term is the KL of a point mass to the prior, up to a constant.
+    alike. Under the norm rules m follows λ, so the choice is the fixed point of choosing and measuring.
+
+    This is no gradient of L_SISS, whose expectation does not depend on λ: it is what λ truly acts on. z is the
+    logit of λ in its range; its term is the KL of a point mass to the prior, up to a constant.
     """
 
     def __init__(self, context: PolicyContext, *, kl_coef: float = 0.01, decay: float = 0.9) -> None:

@@ -41,7 +41,7 @@ def load_torchvision(name: str, root: Path, *, train: bool, download: bool = Fal
 def load_shipped(path: Path) -> TaskData:
     """The retain subset, forget set and held-out digits that ship with the package."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         return _task_data(*(torch.from_numpy(arrays[k]) for k in ARCHIVE_KEYS))
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:

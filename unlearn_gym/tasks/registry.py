@@ -139,7 +139,7 @@ def resolve_data_root(data_root: str | os.PathLike[str] | None) -> Path | None:
 @lru_cache(maxsize=4)
 def _cached_data(task: Task, root: Path | None, download: bool) -> TaskData:
     if root is not None and not root.is_dir() and not download:
-        raise DataError(f"data root {root} is not a folder; correct it, or pass --download to fill it")
+        raise DataError(f"data root {root} is not a folder; correct it, or let torchvision fill it with --download")
     return task.load_data(root, download)
 
 

@@ -1,0 +1,113 @@
+"""One cell of a comparison: one policy at one seed, and the evaluation of the model that it leaves."""
+
+from __future__ import annotations
+
+import base64
+import math
+import time
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unlearn_gym.envs import SISSUnlearnEnv
+from unlearn_gym.evaluation.episode import policy_context, run_episode
+from unlearn_gym.evaluation.metrics import EvaluationSettings, Evaluator
+from unlearn_gym.policies import make_policy
+from unlearn_gym.tasks import Task, load_data, to_model_range
+
+UNTOUCHED, ORACLE, FINETUNE = "untouched", "oracle", "finetune"
+REFERENCES = (UNTOUCHED, ORACLE)
+FINETUNE_OPTIONS = {
+    "lambda_min": 0.0, "lambda_init": 0.0, "forget_grad_rule": "relative_norm", "forget_grad_norm": 0.0,
+}  # fmt: skip
+"""λ = 0 and no forget gradient: plain training on retain data, the naive baseline."""
+
+PICTURE_SAMPLES = 40
+
+
+def make_cell_env(task: str, policy: str, options: dict[str, Any], data_root: str | None) -> SISSUnlearnEnv:
+    """The environment that ``policy`` runs in."""
+    extra = FINETUNE_OPTIONS if policy == FINETUNE else {}
+    return SISSUnlearnEnv(task, data_root=data_root, **{**options, **extra})
+
+
+def run_cell(
+    task: Task,
+    policy: str,
+    seed: int,
+    options: dict[str, Any],
+    evaluation: EvaluationSettings,
+    data_root: str | None,
+    *,
+    keep_samples: bool,
+) -> dict[str, Any]:
+    """Trace, return, times and metrics as JSON knows them; a run that diverged has no metrics.
+
+    A model whose losses are not finite after the last update counts as diverged too.
+    """
+    cell: dict[str, Any] = {"policy": policy, "seed": seed}
+    if policy in REFERENCES:
+        model = task.pretrained_model() if policy == UNTOUCHED else task.oracle_model()
+    else:
+        env = make_cell_env(task.name, policy, options, data_root)
+        name = "static:0" if policy == FINETUNE else policy
+        cell |= asdict(run_episode(env, make_policy(name, policy_context(env)), seed))
+        model = env.run.model
+    started = time.perf_counter()
+    evaluator = Evaluator(task, load_data(task, data_root), evaluation)
+    result = evaluator.evaluate(model)
+    finite = all(math.isfinite(result.metrics[name]) for name in ("forget_loss", "retain_loss"))
+    cell["diverged"] = cell.get("diverged", False) or not finite
+    cell["metrics"] = {} if cell["diverged"] else result.metrics
+    cell["evaluation_seconds"] = time.perf_counter() - started
+    if keep_samples:
+        drawn = (result.forget_samples, result.quality_samples)
+        cell["samples"] = [pack_samples(s) for s in drawn if s is not None and torch.isfinite(s).all()]
+    return finite_or_none(cell)
+
+
+def write_curves(folder: Path, cell: dict[str, Any]) -> None:
+    """The cell's trace and metrics as TensorBoard scalars ``unlearn/*`` and ``eval/*``; replaces older ones."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for old in folder.glob("events.out.tfevents.*"):
+        old.unlink()
+    if "trace" not in cell:
+        return
+    with SummaryWriter(str(folder)) as writer:
+        for name, values in cell["trace"].items():
+            for step, value in enumerate(values, start=1):
+                if value is not None:
+                    writer.add_scalar(f"unlearn/{name.rstrip('_')}", value, step)
+        for name, value in cell["metrics"].items():
+            writer.add_scalar(f"eval/{name}", value, len(cell["trace"]["lambda_"]))
+
+
+def pack_samples(samples: Tensor) -> dict[str, Any]:
+    """The first samples as compressed bytes for a JSON file: 8 bits a pixel, or 16 a coordinate."""
+    first = samples[:PICTURE_SAMPLES].numpy()
+    array = ((first.clip(-1, 1) + 1) * 127.5).round().astype("uint8") if samples.dim() == 4 else first.astype("float16")
+    data = base64.b64encode(zlib.compress(array.tobytes(), 9)).decode()
+    return {"shape": list(array.shape), "dtype": str(array.dtype), "data": data}
+
+
+def unpack_samples(packed: dict[str, Any]) -> Tensor:
+    """Inverse of :func:`pack_samples`, up to its rounding."""
+    raw = zlib.decompress(base64.b64decode(packed["data"]))
+    return to_model_range(torch.from_numpy(np.frombuffer(raw, packed["dtype"]).reshape(packed["shape"]).copy())).float()
+
+
+def finite_or_none(value: Any) -> Any:
+    """``value`` with every float that JSON does not know as None, and floats to 7 digits."""
+    if isinstance(value, dict):
+        return {k: finite_or_none(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_none(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return value
