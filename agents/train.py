@@ -31,24 +31,21 @@ FIRST_TRAINING_SEED = 1_000_000
 FIRST_VALIDATION_SEED = 2 * FIRST_TRAINING_SEED
 
 
-def make_env(task: str, options: dict[str, Any], threads: int | None) -> Callable[[], gym.Env[Any, Any]]:
+def make_env(task: str, options: dict[str, Any], threads: int) -> Callable[[], gym.Env[Any, Any]]:
     """A picklable maker of one monitored environment whose actions are rescaled to [-1, 1]."""
 
     def make() -> gym.Env[Any, Any]:
-        if threads is not None:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads)
         env = gym.make(f"unlearn_gym:{ENV_ID}", task=task, **options)
         return Monitor(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
 
     return make
 
 
-def make_vec_env(task: str, options: dict[str, Any], n_envs: int, seed: int) -> VecEnv:
-    """``n_envs`` processes of one thread each, or this process for a single environment."""
-    if n_envs == 1:
-        env: VecEnv = DummyVecEnv([make_env(task, options, None)])
-    else:
-        env = SubprocVecEnv([make_env(task, options, 1) for _ in range(n_envs)], start_method="forkserver")
+def make_vec_env(task: str, options: dict[str, Any], n_envs: int, seed: int, *, processes: bool) -> VecEnv:
+    """``n_envs`` environments of one thread each, in processes of their own or in this one."""
+    makers = [make_env(task, options, 1) for _ in range(n_envs)]
+    env: VecEnv = SubprocVecEnv(makers, start_method="forkserver") if processes else DummyVecEnv(makers)
     env.seed(seed)
     return env
 
@@ -72,12 +69,12 @@ def train(
     if total < 1 or workers < 1:
         raise SettingsError(f"timesteps={total} and n_envs={workers} must be at least 1")
     options = {"reward": reward}
-    make_env(task, options, None)().close()  # a bad task or option fails here, in one line
+    make_env(task, options, 1)().close()  # a bad task or option fails here, in one line
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     first_seed = FIRST_TRAINING_SEED + seed * 1000
-    env = make_vec_env(task, options, workers, first_seed)
-    validation = make_vec_env(task, options, 1, FIRST_VALIDATION_SEED)
+    env = make_vec_env(task, options, workers, first_seed, processes=workers > 1)
+    validation = make_vec_env(task, options, 1, FIRST_VALIDATION_SEED, processes=workers > 1)
     agent = PPO(
         env=env, seed=first_seed, tensorboard_log=str(folder / "tensorboard"), device="cpu", **settings.ppo_arguments()
     )  # fmt: skip
