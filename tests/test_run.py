@@ -28,7 +28,8 @@ def plain_update(model, optimizer, run, generator, lambda_, settings):
     a = run.alphas_cumprod[b.timesteps].view(-1, *(1,) * (x_t.dim() - 1))
     eps = [(x_t - a.sqrt() * x) / (1 - a).sqrt() for x in (b.retain, b.forget)]
     errors = [(pred - e).square().flatten(1).mean(1) for e in eps]
-    c_r, c_f = dataset_factors(settings.dataset_factors, len(run.data.retain), len(run.data.forget))
+    num_retain = run.data.retain_size or len(run.data.retain)
+    c_r, c_f = dataset_factors(settings.dataset_factors, num_retain, len(run.data.forget))
     loss_r, loss_f = c_r * (w_r * errors[0]).mean(), c_f * (w_f * errors[1]).mean()
     parameters = list(model.parameters())
     g_r = torch.autograd.grad(loss_r, parameters, retain_graph=True)
@@ -71,7 +72,7 @@ def test_flat_optimizer_equals_the_per_parameter_one(make_run, optimizer):
     twin = kind(model.parameters(), lr=1e-3, weight_decay=0.0)
     for _ in range(5):
         run.update(0.5)
-        views = run.flat.gradient_views(run.retain_grad)
+        views = run.flat.gradient_views(run.update_grad)
         for p, g in zip(model.parameters(), views, strict=True):
             p.grad = g.clone()
         twin.step()

@@ -77,6 +77,15 @@ class Batch(NamedTuple):
     timesteps: Tensor
 
 
+class GradientNorms(NamedTuple):
+    """0-dim tensors: ‖g_r‖, ‖g_f‖, the factor m of the forget gradient, ‖g_r - m g_f‖."""
+
+    retain: Tensor
+    forget: Tensor
+    forget_multiplier: Tensor
+    update: Tensor
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A run's state: weights, buffers, optimizer, both generators, counters."""
@@ -135,7 +144,8 @@ class UnlearningRun:
         self.forget_grad = torch.zeros_like(self.flat.vector.data)
         self._retain_views = self.flat.gradient_views(self.retain_grad)
         self._forget_views = self.flat.gradient_views(self.forget_grad)
-        self.flat.vector.grad = self.retain_grad
+        self.update_grad = torch.zeros_like(self.flat.vector.data)
+        self.flat.vector.grad = self.update_grad
         self.optimizer = self._make_optimizer()
         self.retain_coef, self.forget_coef = dataset_factors(
             settings.dataset_factors, data.retain_size or len(data.retain), len(data.forget)
@@ -187,23 +197,20 @@ class UnlearningRun:
         Raises :class:`RunError` for a λ outside [0, 1] and for a run that has diverged.
         """
         terms, from_forget = self._gradients(lambda_, self.generator)
-        norms = torch.stack([self.retain_grad.norm(), self.forget_grad.norm()])
-        multiplier = self._forget_multiplier(norms, terms.forget_weight)
-        total = self.retain_grad.sub_(multiplier * self.forget_grad)
-        update_norm = total.norm()
+        norms = self._norms(terms.forget_weight)
+        scale = torch.ones_like(norms.update)
         if self.settings.max_grad_norm is not None:
-            total.mul_((self.settings.max_grad_norm / (update_norm + 1e-6)).clamp(max=1.0))
+            scale = (self.settings.max_grad_norm / (norms.update + 1e-6)).clamp(max=1.0)
+        torch.mul(self.retain_grad, scale, out=self.update_grad)
+        self.update_grad.addcmul_(self.forget_grad, scale * norms.forget_multiplier, value=-1.0)
         self.optimizer.step()
         self.updates += 1
-        return self._report(lambda_, terms, from_forget, norms, multiplier, update_norm)
+        return self._report(lambda_, terms, from_forget, norms)
 
     def measure(self, lambda_: float) -> StepTerms:
         """The terms of a batch of the measuring stream, without an update."""
         terms, from_forget = self._gradients(lambda_, self.measure_generator)
-        norms = torch.stack([self.retain_grad.norm(), self.forget_grad.norm()])
-        multiplier = self._forget_multiplier(norms, terms.forget_weight)
-        update_norm = (self.retain_grad - multiplier * self.forget_grad).norm()
-        return self._report(lambda_, terms, from_forget, norms, multiplier, update_norm)
+        return self._report(lambda_, terms, from_forget, self._norms(terms.forget_weight))
 
     def measure_unweighted(self) -> NDArray[np.float64]:
         """``[retain_loss, forget_loss, retain_grad_norm, forget_grad_norm]`` without importance
@@ -255,18 +262,23 @@ class UnlearningRun:
         torch.autograd.backward(output, output_grad, retain_graph=retain_graph, inputs=self.flat.parameters)
         self.flat.point_gradients(None)
 
-    def _forget_multiplier(self, norms: Tensor, forget_weight: Tensor) -> Tensor:
-        """What the update multiplies ``forget_grad`` with, by the forget-gradient rule (0-dim).
+    def _norms(self, forget_weight: Tensor) -> GradientNorms:
+        """The norms of both gradients, the forget gradient's factor by its rule, and the norm of the whole.
 
         The norm rules would blow a batch without forget data up to full strength: where all its forget
         weights are negligible, the direction of their gradient means nothing and its factor is 0.
         """
-        s = self.settings
+        s, r, f = self.settings, self.retain_grad, self.forget_grad
+        rr, rf, ff = torch.dot(r, r), torch.dot(r, f), torch.dot(f, f)
+        retain, forget = rr.sqrt(), ff.sqrt()
         if s.forget_grad_rule == "loss":
-            return torch.full_like(norms[0], s.forget_scale)
-        target = s.forget_grad_norm * (norms[0] if s.forget_grad_rule == "relative_norm" else 1.0)
-        says_something = (norms[1] > 0) & (forget_weight.max() > NEGLIGIBLE_WEIGHT)
-        return torch.where(says_something, target / norms[1], torch.zeros_like(norms[1]))
+            multiplier = torch.full_like(forget, s.forget_scale)
+        else:
+            target = s.forget_grad_norm * (retain if s.forget_grad_rule == "relative_norm" else 1.0)
+            says_something = (forget > 0) & (forget_weight.max() > NEGLIGIBLE_WEIGHT)
+            multiplier = torch.where(says_something, target / forget, torch.zeros_like(forget))
+        update = (rr - 2.0 * multiplier * rf + multiplier.square() * ff).clamp_min(0.0).sqrt()
+        return GradientNorms(retain, forget, multiplier, update)
 
     @torch.no_grad()
     def _report(
@@ -274,9 +286,7 @@ class UnlearningRun:
         lambda_: float,
         terms: siss.SISSTerms,
         from_forget: Tensor,
-        norms: Tensor,
-        multiplier: Tensor,
-        update_norm: Tensor,
+        norms: GradientNorms,
     ) -> StepTerms:
         """Everything the step measured, brought over from the device in one transfer."""
         s = self.settings
@@ -287,17 +297,17 @@ class UnlearningRun:
         coefs = {"retain_coef": self.retain_coef, "forget_coef": self.forget_coef}
         products = siss.output_gradient_products(terms, **coefs)
         moment = siss.gradient_second_moment(terms, products, self._grid)
-        gradients["variance"] = siss.second_moment_slope(terms, products, multiplier)
+        gradients["variance"] = siss.second_moment_slope(terms, products, norms.forget_multiplier)
         w_r, w_f = terms.retain_weight, terms.forget_weight
         negligible = torch.cat([w_r, w_f]) < NEGLIGIBLE_WEIGHT
         scalars = {
             "retain_loss": terms.retain_loss,
             "forget_loss": terms.forget_loss,
             "siss_loss": terms.siss_loss,
-            "retain_grad_norm": norms[0],
-            "forget_grad_norm": norms[1],
-            "forget_multiplier": multiplier,
-            "update_norm": update_norm,
+            "retain_grad_norm": norms.retain,
+            "forget_grad_norm": norms.forget,
+            "forget_multiplier": norms.forget_multiplier,
+            "update_norm": norms.update,
             "retain_weight_max": w_r.max(),
             "forget_weight_max": w_f.max(),
             "retain_ess": effective_sample_size(w_r),
