@@ -30,3 +30,23 @@ def test_every_linked_file_exists():
     links = re.findall(r"\]\(((?!http)[^)#]+)\)", README)
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_results_table_is_that_of_the_committed_results():
+    from unlearn_gym.evaluation.comparison import load_results
+    from unlearn_gym.evaluation.report import markdown_table, summary_rows
+
+    results = load_results(ROOT / "docs" / "comparison")
+    assert markdown_table(*summary_rows(results)) in README
+    assert results["command"] in README
+
+
+def test_the_network_table_names_the_shipped_network_as_chosen():
+    import json
+
+    from unlearn_gym.network_table import CANDIDATES
+    from unlearn_gym.tasks import get_task
+
+    rows = json.loads((ROOT / "docs" / "networks.json").read_text())["rows"]
+    assert [row["network"] for row in rows] == list(CANDIDATES)
+    assert get_task("mnist-trousers").network in CANDIDATES.values()

@@ -118,6 +118,20 @@ def test_score_function_gradient_is_unbiased_and_pathwise_is_not():
     assert gradients["kl_only"] == 0
 
 
+def test_score_function_gradient_vanishes_sample_by_sample_where_weights_are_saturated():
+    retain, forget, _, timesteps, x_t, k = pairs(64, (2,), 0.3)
+    labels = siss.mixture_labels(k, torch.zeros(64, dtype=torch.int64), torch.ones(64, dtype=torch.int64))
+    for i in range(64):
+        one = slice(i, i + 1)
+        terms = siss.siss_terms(
+            torch.tanh(x_t[one]), x_t[one], retain[one], forget[one], timesteps[one], ALPHAS, 0.3,
+            forget_scale=1.5, labels=siss.PairLabels(*(v[one] for v in labels)), **coefficients(),
+        )  # fmt: skip
+        gradients = siss.lambda_gradients(terms, k[one], 0.3, forget_scale=1.5, **coefficients())
+        assert gradients["pathwise"] > 0
+        assert abs(gradients["score_function"]) < 1e-4 * gradients["pathwise"]
+
+
 def test_pathwise_gradient_is_the_derivative_with_the_mask_fixed():
     retain, forget, _, timesteps, x_t, k = pairs(64, (2,), 0.4)
     pred, lam = torch.tanh(x_t), torch.tensor(0.4, requires_grad=True)

@@ -169,7 +169,8 @@ def lambda_gradients(
     ``"pathwise"`` differentiates the weights with the drawn mask fixed (∂w = -w (w_f - w_r) ∂λ): the
     reparameterisation of arXiv 2512.01054, biased towards small λ. ``"score_function"`` adds
     ``loss_i · ∂ log p(mask_i|λ)/∂λ`` and is unbiased: its expectation at fixed θ is zero, because
-    ``E[L_SISS]`` does not depend on λ. ``"kl_only"`` detaches the loss and is zero.
+    ``E[L_SISS]`` does not depend on λ; where weights are saturated it is zero sample by sample, as its two
+    parts cancel. ``"kl_only"`` detaches the loss and is zero.
     """
     w_r, w_f = terms.retain_weight, terms.forget_weight
     losses_r = retain_coef * w_r * terms.retain_errors
