@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.evaluation.episode import policy_context, run_episode
-from unlearn_gym.evaluation.metrics import EvaluationSettings, Evaluator
+from unlearn_gym.evaluation.metrics import Evaluation, EvaluationSettings, Evaluator
 from unlearn_gym.policies import make_policy
 from unlearn_gym.tasks import Task, load_data, to_model_range
 
@@ -27,7 +27,7 @@ FINETUNE_OPTIONS = {
 }  # fmt: skip
 """λ = 0 and no forget gradient: plain training on retain data, the naive baseline."""
 
-PICTURE_SAMPLES = 40
+FORGET_PICTURES, QUALITY_PICTURES = 300, 40
 
 
 def make_cell_env(task: str, policy: str, options: dict[str, Any], data_root: str | None) -> SISSUnlearnEnv:
@@ -66,9 +66,22 @@ def run_cell(
     cell["metrics"] = {} if cell["diverged"] else result.metrics
     cell["evaluation_seconds"] = time.perf_counter() - started
     if keep_samples:
-        drawn = (result.forget_samples, result.quality_samples)
-        cell["samples"] = [pack_samples(s) for s in drawn if s is not None and torch.isfinite(s).all()]
+        cell["pictures"] = _pictures(result)
     return finite_or_none(cell)
+
+
+def _pictures(result: Evaluation) -> dict[str, Any]:
+    """Samples for the report's grids, and which of the forget samples the classifier calls forget data."""
+    forget, quality, is_forget = result.forget_samples, result.quality_samples, result.is_forget
+    if forget is None or quality is None or is_forget is None:
+        return {}
+    if not (torch.isfinite(forget).all() and torch.isfinite(quality).all()):
+        return {}
+    return {
+        "forget": pack_samples(forget[:FORGET_PICTURES]),
+        "quality": pack_samples(quality[:QUALITY_PICTURES]),
+        "forget_hits": is_forget[:FORGET_PICTURES].nonzero().flatten().tolist(),
+    }
 
 
 def write_curves(folder: Path, cell: dict[str, Any]) -> None:
@@ -89,9 +102,10 @@ def write_curves(folder: Path, cell: dict[str, Any]) -> None:
 
 
 def pack_samples(samples: Tensor) -> dict[str, Any]:
-    """The first samples as compressed bytes for a JSON file: 8 bits a pixel, or 16 a coordinate."""
-    first = samples[:PICTURE_SAMPLES].numpy()
-    array = ((first.clip(-1, 1) + 1) * 127.5).round().astype("uint8") if samples.dim() == 4 else first.astype("float16")
+    """Samples as compressed bytes for a JSON file: 8 bits a pixel, or 16 a coordinate."""
+    values = samples.numpy()
+    pixels = samples.dim() == 4
+    array = ((values.clip(-1, 1) + 1) * 127.5).round().astype("uint8") if pixels else values.astype("float16")
     data = base64.b64encode(zlib.compress(array.tobytes(), 9)).decode()
     return {"shape": list(array.shape), "dtype": str(array.dtype), "data": data}
 

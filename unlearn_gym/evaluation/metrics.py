@@ -114,6 +114,8 @@ class Evaluation(NamedTuple):
     metrics: dict[str, float]
     forget_samples: Tensor | None
     quality_samples: Tensor | None
+    is_forget: Tensor | None
+    """Which of ``forget_samples`` the classifier calls forget data, bool ``(N,)``."""
 
 
 class Evaluator:
@@ -141,7 +143,7 @@ class Evaluator:
             model, self.data, self.alphas_cumprod, seed=self.settings.seed, batch_size=self.settings.batch_size
         )
         if self.task.classify is None or self.reference is None:
-            return Evaluation(figures, None, None)
+            return Evaluation(figures, None, None, None)
         samples, labels = self.quality_samples(model)
         features, classes = self.task.classify(samples)
         if torch.isfinite(features).all():
@@ -150,8 +152,9 @@ class Evaluator:
         if labels is not None:
             figures["class_accuracy"] = (classes == labels).float().mean().item()
         forget_samples = self.forget_samples(model)
-        figures["forget_rate"] = self.is_forget_data(forget_samples).float().mean().item()
-        return Evaluation(figures, forget_samples, samples)
+        is_forget = self.is_forget_data(forget_samples)
+        figures["forget_rate"] = is_forget.float().mean().item()
+        return Evaluation(figures, forget_samples, samples, is_forget)
 
     def is_forget_data(self, samples: Tensor) -> Tensor:
         """Which samples the task's classifier calls forget data, bool ``(N,)``."""

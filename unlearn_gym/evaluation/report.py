@@ -37,6 +37,7 @@ METRICS = (
     Metric("fid", "FID", lambda v: f"{v:.2f}"),
     Metric("class_accuracy", "class accuracy", lambda v: f"{100 * v:.1f} %"),
 )
+HITS_SHOWN, GRID_SIZE = 20, 40
 MIN_SEEDS_TO_STAR = 8
 """A percentile bootstrap of fewer values covers far less than 95 %: no verdict on fewer."""
 
@@ -125,10 +126,29 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
+def diverged_in(results: Results) -> set[str]:
+    """Policies of which at least one run diverged."""
+    return {c["policy"] for c in results["cells"] if c["diverged"]}
+
+
+def ranked_in(results: Results) -> list[str]:
+    """Policies that are compared with each other: no reference, no baseline, none that diverged."""
+    return [p for p in policies_in(results) if p not in (*REFERENCES, FINETUNE, *diverged_in(results))]
+
+
+def most_forgetful(results: Results) -> str:
+    """The ranked policy with the lowest forget rate and, among equals, the highest forget loss; "" if none."""
+
+    def remembering(policy: str) -> tuple[float, float]:
+        rates = list(per_seed(results, policy, "forget_rate").values())
+        return float(np.mean(rates)) if rates else 0.0, -estimate(results, policy, "forget_loss").mean
+
+    return min(ranked_in(results), key=remembering, default="")
+
+
 def verdict(results: Results) -> list[str]:
     """Who forgot most at what cost, in sentences made from the figures; policies that diverged do not rank."""
-    diverged = {c["policy"] for c in results["cells"] if c["diverged"]}
-    ranked = [p for p in policies_in(results) if p not in (*REFERENCES, FINETUNE, *diverged)]
+    diverged, ranked = diverged_in(results), ranked_in(results)
     if not ranked:
         return ["No policy finished all its runs."]
     shown = [m for m in METRICS[:3] if per_seed(results, ranked[0], m.name)]
@@ -136,11 +156,7 @@ def verdict(results: Results) -> list[str]:
     def figures(policy: str) -> str:
         return ", ".join(f"{m.title} {_cell_text(estimate(results, policy, m.name), m.form)}" for m in shown)
 
-    def remembering(policy: str) -> tuple[float, float]:
-        rate = estimate(results, policy, "forget_rate").mean if shown[0].name == "forget_rate" else 0.0
-        return rate, -estimate(results, policy, "forget_loss").mean
-
-    most = min(ranked, key=remembering)
+    most = most_forgetful(results)
     cheapest = min(ranked, key=lambda p: estimate(results, p, "retain_loss").mean)
     oracle_loss = estimate(results, ORACLE, "forget_loss").mean
     closest = min(ranked, key=lambda p: abs(estimate(results, p, "forget_loss").mean - oracle_loss))
@@ -195,7 +211,7 @@ def write_report(results: Results, out: Path) -> Path:
     """Write ``report.md`` and the pictures beside it; returns the report's path."""
     out.mkdir(parents=True, exist_ok=True)
     pictures = [draw_front(results, out / "front.png"), draw_lambdas(results, out / "lambdas.png")]
-    if any(c.get("samples") for c in results["cells"]):
+    if any(c["policy"] == UNTOUCHED and c.get("pictures") for c in results["cells"]):
         pictures.append(draw_sample_grids(results, out / "samples.png"))
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     sections = [
@@ -286,18 +302,24 @@ def draw_lambdas(results: Results, path: Path) -> Path:
 
 
 def draw_sample_grids(results: Results, path: Path) -> Path:
-    """Samples from the same noise: untouched, the policy that forgot most, the oracle; two grids each."""
-    named = [p for p in policies_in(results) if p not in (*REFERENCES, FINETUNE)]
-    rates = {p: estimate(results, p, "forget_rate").mean for p in named if per_seed(results, p, "forget_rate")}
-    chosen = [UNTOUCHED, *([min(rates, key=lambda p: rates[p])] if rates else []), ORACLE]
-    figure = Figure(figsize=(4.2 * len(chosen), 4.6), layout="constrained")
-    panels = figure.subplots(2, len(chosen), squeeze=False)
-    for column, policy in enumerate(chosen):
-        cell: dict[str, Any] = next(
-            (c for c in results["cells"] if c["policy"] == policy and c.get("samples")), {"samples": []}
-        )
-        for row, packed in enumerate(cell["samples"]):
-            draw_samples(panels[row, column], unpack_samples(packed), columns=10)
-        panels[0, column].set_title(f"{policy}: the forget data's label", fontsize=9)
-        panels[1, column].set_title("all labels", fontsize=9)
+    """Samples from the same noise: untouched, the policy that forgot most, the oracle; two grids each.
+
+    Above, under the forget data's label, come first the noises that the untouched model turns into forget data.
+    """
+    pictures = {c["policy"]: c["pictures"] for c in reversed(results["cells"]) if c.get("pictures")}
+    shown = [p for p in (UNTOUCHED, most_forgetful(results), ORACLE) if p in pictures]
+    hits = pictures[UNTOUCHED]["forget_hits"][:HITS_SHOWN]
+    others = [i for i in range(GRID_SIZE) if i not in hits]
+    order = [*hits, *others][:GRID_SIZE]
+    figure = Figure(figsize=(4.2 * len(shown), 4.2), layout="constrained")
+    panels = figure.subplots(2, len(shown), squeeze=False)
+    for column, policy in enumerate(shown):
+        forget, quality = (unpack_samples(pictures[policy][name]) for name in ("forget", "quality"))
+        draw_samples(panels[0, column], forget[order] if forget.dim() == 4 else forget, columns=10)
+        draw_samples(panels[1, column], quality, columns=10)
+        panels[0, column].set_title(policy, fontsize=10)
+    figure.suptitle(
+        f"top: the forget data's label, first the {len(hits)} noises that the untouched model turns into forget data; "
+        "bottom: all labels", fontsize=9,
+    )  # fmt: skip
     return _save(figure, path)
