@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 
 demo: $(INSTALLED)  ## the main job on the shipped data: compare policies, print the table
 	$(BIN)/unlearn-gym compare --policies static:0.1 static:0.5 static:0.9 variational:pathwise variational:variance ppo \
-		--seeds 2 --jobs 2 --out runs/demo
+		--seeds 3 --jobs 2 --out runs/demo
 
 test: $(INSTALLED)  ## the tests, offline
 	$(BIN)/python -m pytest

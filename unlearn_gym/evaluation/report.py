@@ -36,12 +36,13 @@ METRICS = (
     Metric("kid", "KID", lambda v: f"{v:.2f}"),
     Metric("fid", "FID", lambda v: f"{v:.2f}"),
     Metric("class_accuracy", "class accuracy", lambda v: f"{100 * v:.1f} %"),
+    Metric("episode_return", "return", lambda v: f"{v:.2f}"),
 )
 HITS_SHOWN, GRID_SIZE = 20, 40
 MIN_SEEDS_TO_STAR = 8
 """A percentile bootstrap of fewer values covers far less than 95 %: no verdict on fewer."""
 
-PAIRED = ("forget_rate", "forget_loss", "retain_loss", "kid")
+PAIRED = ("forget_rate", "forget_loss", "retain_loss", "kid", "episode_return")
 
 
 def policies_in(results: Results) -> list[str]:
@@ -71,7 +72,7 @@ def _cell_text(value: Estimate, form: Callable[[float], str]) -> str:
 
 def summary_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the main table: mean and 95 % interval over seeds of each metric."""
-    present = [m for m in METRICS if any(m.name in c["metrics"] for c in results["cells"])]
+    present = [m for m in METRICS if any(per_seed(results, p, m.name) for p in policies_in(results))]
     header = ["policy", "seeds", *(m.title for m in present), "diverged", "run s", "evaluation s"]
     rows = []
     for policy in policies_in(results):
@@ -198,6 +199,9 @@ def _notes(results: Results) -> list[str]:
                 f"- Forget rate of the {policy} model: {100 * share:.1f} %, Wilson 95 % interval "
                 f"[{100 * low:.1f}, {100 * high:.1f}] % by its {n} samples alone."
             )
+    lines.append(
+        f"- A forget rate of 0.0 % in a run excludes rates above {100 * wilson_interval(0, n)[1]:.1f} % (Wilson)."
+    )
     if calibration:
         lines.append(
             f"- Calibration of the classifier on real data: it calls {100 * calibration['retain_called_forget']:.2f} % "
@@ -302,24 +306,27 @@ def draw_lambdas(results: Results, path: Path) -> Path:
 
 
 def draw_sample_grids(results: Results, path: Path) -> Path:
-    """Samples from the same noise: untouched, the policy that forgot most, the oracle; two grids each.
+    """Samples from the same noise: untouched, the policy that forgot most, the oracle.
 
-    Above, under the forget data's label, come first the noises that the untouched model turns into forget data.
+    Images: above under the forget data's label, first the noises that the untouched model turns into forget
+    data; below of all labels. Points: one scatter each.
     """
     pictures = {c["policy"]: c["pictures"] for c in reversed(results["cells"]) if c.get("pictures")}
     shown = [p for p in (UNTOUCHED, most_forgetful(results), ORACLE) if p in pictures]
     hits = pictures[UNTOUCHED]["forget_hits"][:HITS_SHOWN]
-    others = [i for i in range(GRID_SIZE) if i not in hits]
-    order = [*hits, *others][:GRID_SIZE]
+    order = [*hits, *(i for i in range(GRID_SIZE + len(hits)) if i not in hits)][:GRID_SIZE]
+    drawn = {p: [unpack_samples(pictures[p][name]) for name in ("forget", "quality")] for p in shown}
+    images = drawn[UNTOUCHED][0].dim() == 4
     figure = Figure(figsize=(4.2 * len(shown), 4.2), layout="constrained")
-    panels = figure.subplots(2, len(shown), squeeze=False)
+    panels = figure.subplots(2 if images else 1, len(shown), squeeze=False)
     for column, policy in enumerate(shown):
-        forget, quality = (unpack_samples(pictures[policy][name]) for name in ("forget", "quality"))
-        draw_samples(panels[0, column], forget[order] if forget.dim() == 4 else forget, columns=10)
-        draw_samples(panels[1, column], quality, columns=10)
+        forget, quality = drawn[policy]
         panels[0, column].set_title(policy, fontsize=10)
-    figure.suptitle(
-        f"top: the forget data's label, first the {len(hits)} noises that the untouched model turns into forget data; "
-        "bottom: all labels", fontsize=9,
-    )  # fmt: skip
+        draw_samples(panels[0, column], forget[order] if images else forget, columns=10)
+        if images:
+            draw_samples(panels[1, column], quality, columns=10)
+    title = "samples from the same noise"
+    if images:
+        title += f"; top: first the {len(hits)} that the untouched model turns into forget data; bottom: of all labels"
+    figure.suptitle(title, fontsize=9)
     return _save(figure, path)
