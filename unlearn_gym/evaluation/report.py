@@ -36,6 +36,7 @@ METRICS = (
     Metric("kid", "KID", lambda v: f"{v:.2f}"),
     Metric("fid", "FID", lambda v: f"{v:.2f}"),
     Metric("class_accuracy", "class accuracy", lambda v: f"{100 * v:.1f} %"),
+    Metric("mean_lambda", "mean λ", lambda v: f"{v:.2f}"),
     Metric("episode_return", "return", lambda v: f"{v:.2f}"),
 )
 HITS_SHOWN, GRID_SIZE = 20, 40
@@ -51,9 +52,12 @@ def policies_in(results: Results) -> list[str]:
 
 
 def per_seed(results: Results, policy: str, name: str) -> dict[int, float]:
-    """``{seed: value}`` of a metric, or of a top-level figure of the cells; diverged runs have no metrics."""
-    cells = [c for c in results["cells"] if c["policy"] == policy]
-    values = {c["seed"]: c["metrics"].get(name, c.get(name)) for c in cells}
+    """``{seed: value}`` of a metric, of the return or of the run's mean λ; diverged runs have no metrics."""
+    values = {}
+    for cell in (c for c in results["cells"] if c["policy"] == policy):
+        lambdas = cell.get("trace", {}).get("lambda_")
+        figures = {**cell, **cell["metrics"], "mean_lambda": float(np.mean(lambdas)) if lambdas else None}
+        values[cell["seed"]] = figures.get(name)
     return {seed: value for seed, value in values.items() if value is not None}
 
 
