@@ -190,8 +190,8 @@ def test_a_bad_action_is_named_and_changes_nothing(action):
 def test_float32_bounds_of_the_action_space_are_valid_actions():
     env = make().unwrapped
     env.reset(seed=0)
-    for bound in (env.action_space.low, env.action_space.high):
-        env.step(bound)
+    for bound, lambda_ in ((env.action_space.low, 0.1), (env.action_space.high, 0.9)):
+        assert env.step(bound)[4]["terms"]["lambda_"] == pytest.approx(lambda_)
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,7 @@ class UnlearningRun:
         self.retain_coef, self.forget_coef = dataset_factors(
             settings.dataset_factors, data.retain_size or len(data.retain), len(data.forget)
         )
+        self._coefs = {"retain_coef": self.retain_coef, "forget_coef": self.forget_coef}
         self.generator = torch.Generator(device)
         self.measure_generator = torch.Generator(device)
         self._grid = torch.tensor(SECOND_MOMENT_GRID, dtype=torch.float32, device=device)
@@ -243,13 +244,12 @@ class UnlearningRun:
         if batch.retain_labels is not None and batch.forget_labels is not None:
             labels = siss.mixture_labels(from_forget, batch.retain_labels, batch.forget_labels)
         epsilon_pred = self.model(x_t, batch.timesteps, None if labels is None else labels.drawn)
-        coefs = {"retain_coef": self.retain_coef, "forget_coef": self.forget_coef}
         with torch.no_grad():
             terms = siss.siss_terms(
                 epsilon_pred, x_t, batch.retain, batch.forget, batch.timesteps, self.alphas_cumprod, lambda_,
-                forget_scale=self.settings.forget_scale, labels=labels, **coefs,
+                forget_scale=self.settings.forget_scale, labels=labels, **self._coefs,
             )  # fmt: skip
-            retain_output_grad, forget_output_grad = siss.output_gradients(terms, **coefs)
+            retain_output_grad, forget_output_grad = siss.output_gradients(terms, **self._coefs)
         self._backward(epsilon_pred, retain_output_grad, self.retain_grad, self._retain_views, retain_graph=True)
         self._backward(epsilon_pred, forget_output_grad, self.forget_grad, self._forget_views, retain_graph=False)
         return terms, from_forget
@@ -289,13 +289,10 @@ class UnlearningRun:
         norms: GradientNorms,
     ) -> StepTerms:
         """Everything the step measured, brought over from the device in one transfer."""
-        s = self.settings
         gradients = siss.lambda_gradients(
-            terms, from_forget, lambda_,
-            retain_coef=self.retain_coef, forget_coef=self.forget_coef, forget_scale=s.forget_scale,
-        )  # fmt: skip
-        coefs = {"retain_coef": self.retain_coef, "forget_coef": self.forget_coef}
-        products = siss.output_gradient_products(terms, **coefs)
+            terms, from_forget, lambda_, forget_scale=self.settings.forget_scale, **self._coefs
+        )
+        products = siss.output_gradient_products(terms, **self._coefs)
         moment = siss.gradient_second_moment(terms, products, self._grid)
         gradients["variance"] = siss.second_moment_slope(terms, products, norms.forget_multiplier)
         w_r, w_f = terms.retain_weight, terms.forget_weight

@@ -42,7 +42,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def test_figures(model: DigitGarmentClassifier, images: Tensor, labels: Tensor) -> dict[str, float]:
+def classifier_figures(model: DigitGarmentClassifier, images: Tensor, labels: Tensor) -> dict[str, float]:
     """Accuracy, and the two error rates that calibrate the forget rate."""
     predicted = torch.cat([model(to_model_range(b))[1].argmax(1) for b in images.split(500)])
     hit, trousers = predicted == labels, predicted == TROUSERS
@@ -84,7 +84,7 @@ def train_classifier(
         optimizer.step()
         if progress and update % 50 == 0:
             progress(update, updates, float(loss))
-    figures = test_figures(model, *labelled_images(root, train=False, download=download))
+    figures = classifier_figures(model, *labelled_images(root, train=False, download=download))
     path = out / "classifier.safetensors"
     save_weights(path, model.state_dict())
     manifest = {
