@@ -11,6 +11,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import yaml
 from stable_baselines3 import A2C, PPO, SAC, TD3
 
 from agents.config import load_config
@@ -20,6 +21,7 @@ from unlearn_gym.evaluation.episode import policy_context, run_episode
 from unlearn_gym.policies import make_policy
 from unlearn_gym.policies.registry import SHIPPED_AGENTS
 
+from .conftest import TASKS
 from .test_policies import CONTEXT, OBS, info
 
 LOW, HIGH = np.float32(-1), np.float32(1)
@@ -105,6 +107,16 @@ def test_shipped_agents_are_those_of_their_manifest_and_act(path):
 
 def test_the_default_task_has_a_shipped_agent():
     assert (SHIPPED_AGENTS / "mnist-trousers" / "ppo.zip").is_file()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "agents").glob("*.yml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("task", TASKS)
+def test_every_config_loads_for_every_task_and_holds_no_key_that_nobody_reads(path, task):
+    config = load_config(task, path)
+    agent = PPO(env=rescaled(task), device="cpu", **config.ppo_arguments())
+    assert (agent.n_steps, agent.gamma) == (config.n_steps, config.gamma)
+    content = yaml.safe_load(path.read_text())
+    assert set(content) <= {"SISSUnlearn-v0", *(f"SISSUnlearn-v0@{name}" for name in TASKS)}
 
 
 @pytest.mark.parametrize(
