@@ -18,6 +18,9 @@ FEATURE_DIM = 64
 TROUSERS = NUM_DIGITS + 1
 """Index of the trousers among the 20 classes: digits 0..9, then Fashion-MNIST's garments 10..19."""
 
+GARMENTS = tuple(range(NUM_DIGITS, NUM_DIGITS + NUM_GARMENTS))
+"""All of the garments: a digit model that draws one, if only a worn-out pair of trousers, remembers."""
+
 
 class DigitGarmentClassifier(nn.Module):
     """Three strided convolutions and a 64-dimensional feature layer; images ``(B, 1, 28, 28)`` in [-1, 1]."""

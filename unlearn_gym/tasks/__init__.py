@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unlearn_gym.diffusion import ScheduleConfig
 from unlearn_gym.models import MLPConfig, UNetConfig
-from unlearn_gym.models.classifier import TROUSERS, classify
+from unlearn_gym.models.classifier import GARMENTS, classify
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.tasks import gaussians, mnist
 from unlearn_gym.tasks.data import TaskData, to_model_range
@@ -63,7 +63,7 @@ register_task(
         assets=ASSETS / "mnist-trousers",
         settings=RunSettings(learning_rate=3e-5),
         classify=classify,
-        forget_classes=(TROUSERS,),
+        forget_classes=GARMENTS,
         probe_label=mnist.TROUSERS_LABEL,
     )
 )
