@@ -94,7 +94,8 @@ def _markdown(result: dict[str, Any]) -> str:
         f"{result['training']['batch_size']} for each candidate, {result['threads']} thread(s); channels at 14×14 and "
         "7×7, b = residual blocks a level. `step_ratio` is the time of one forward and two backward passes at batch "
         f"{STEP_BATCH} over that of 32-64-b2, taken in turns. FID and KID are on the shipped classifier's features, "
-        "against held-out digits; `forget_rate` is the share of garments among 500 samples labelled 1 (trousers are 9.1 % of the data).",
+        "against held-out digits; `forget_rate` is the share of garments "
+        "among 500 samples labelled 1 (trousers are 9.1 % of the data).",
         "",
         "| " + " | ".join(columns) + " |",
         "|" + "---|" * len(columns),
