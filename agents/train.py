@@ -61,7 +61,11 @@ def train(
     eval_episodes: Annotated[int, tyro.conf.arg(help="episodes a validation, on held-out seeds")] = 5,
     eval_every: Annotated[int, tyro.conf.arg(help="environment steps between validations")] = 9600,
 ) -> Path:
-    """Train PPO on SISSUnlearn-v0; writes agent.zip, best_model.zip, checkpoints, curves and a manifest."""
+    """Train PPO on SISSUnlearn-v0; writes agent.zip, curves and a manifest to --out.
+
+    Steps are rounded up to whole rollouts (n_steps × n_envs). Every --eval-every steps come a validation, which keeps
+    the best agent so far as best_model.zip, and a checkpoint.
+    """
     settings = load_config(task, config)
     total = settings.n_timesteps if timesteps is None else timesteps
     workers = settings.n_envs if n_envs is None else n_envs

@@ -154,13 +154,16 @@ def networks(data_root: DataRoot = None, out: Path = Path("runs/networks"), thre
 
 def compare(
     task: str = "mnist-trousers",
-    policies: tuple[str, ...] = (),
-    seeds: int = 3,
-    first_seed: int = 0,
-    jobs: int = 1,
-    out: Path = Path("runs/compare"),
-    forget_samples: int = 1000,
-    quality_samples: int = 500,
+    policies: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(help="names as in the README; default: all that ship"),
+    ] = (),
+    seeds: Annotated[int, tyro.conf.arg(help="runs of every policy")] = 3,
+    first_seed: Annotated[int, tyro.conf.arg(help="seeds are FIRST_SEED, FIRST_SEED + 1, …")] = 0,
+    jobs: Annotated[int, tyro.conf.arg(help="processes; the cores are shared among them")] = 1,
+    out: Annotated[Path, tyro.conf.arg(help="folder of the results; the same folder resumes")] = Path("runs/compare"),
+    forget_samples: Annotated[int, tyro.conf.arg(help="samples for the forget rate")] = 1000,
+    quality_samples: Annotated[int, tyro.conf.arg(help="samples for KID, FID and class accuracy")] = 500,
     option: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(help="a run setting, e.g. horizon=100; repeatable")
     ] = (),
@@ -229,6 +232,7 @@ def _cell_progress() -> CellProgress:
         if cell is not None:
             figures = "  ".join(f"{k} {v:.4g}" for k, v in cell["metrics"].items()) or "diverged"
             bar.write(f"{cell['policy']:28s} seed {cell['seed']}  {figures}")
+            sys.stdout.flush()
         bar.n = done
         bar.refresh()
 
@@ -239,15 +243,16 @@ def _print_tables(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from unlearn_gym.evaluation.report import paired_rows, summary_rows, verdict
+    from unlearn_gym.evaluation.report import terminal_rows, verdict
 
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    for title, (header, rows) in (("results", summary_rows(results)), ("paired", paired_rows(results))):
-        if rows:
-            table = Table(*header, title=f"{results['comparison']['task']}: {title}")
-            for row in rows:
-                table.add_row(*row)
-            console.print(table)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    header, rows = terminal_rows(results, intervals=console.width >= 100)
+    table = Table(title=f"{results['comparison']['task']}: means over seeds", show_lines=console.width >= 100)
+    for title in header:
+        table.add_column(title, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
     for line in verdict(results):
         console.print(line.replace("**", ""), highlight=False)
 

@@ -31,7 +31,7 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     ## Action Space
     ``Box(lambda_min, lambda_max, (1,), float32)``: λ, the probability of drawing the forget sample; by
     default in [0.1, 0.9]. For agents that want [-1, 1], wrap the environment in
-    ``gymnasium.wrappers.RescaleAction(env, -1, 1)``.
+    ``gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))``.
 
     ## Observation Space
     ``Box(float32, (6,))``:

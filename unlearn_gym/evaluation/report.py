@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from unlearn_gym.envs.rendering import draw_samples
@@ -43,6 +44,7 @@ HITS_SHOWN, GRID_SIZE = 20, 40
 MIN_SEEDS_TO_STAR = 8
 """A percentile bootstrap of fewer values covers far less than 95 %: no verdict on fewer."""
 
+ON_TERMINAL = ("forget_rate", "forget_loss", "retain_loss", "kid", "class_accuracy")
 PAIRED = ("forget_rate", "forget_loss", "retain_loss", "kid", "episode_return")
 
 
@@ -93,6 +95,20 @@ def summary_rows(results: Results) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return header, rows
+
+
+def terminal_rows(results: Results, *, intervals: bool) -> tuple[list[str], list[list[str]]]:
+    """The main figures alone, for a terminal: means, with intervals below them where there is room."""
+    shown = [m for m in METRICS if m.name in ON_TERMINAL and per_seed(results, UNTOUCHED, m.name)]
+    rows = []
+    for policy in policies_in(results):
+        row = [policy]
+        for m in shown:
+            mean, low, high = estimate(results, policy, m.name)
+            text = m.form(mean) if np.isfinite(mean) else "diverged"
+            row.append(text + (f"\n{m.form(low)} … {m.form(high)}" if intervals and low < high else ""))
+        rows.append(row)
+    return ["policy", *(m.title for m in shown)], rows
 
 
 def baseline_policy(results: Results) -> str | None:
@@ -171,6 +187,9 @@ def verdict(results: Results) -> list[str]:
         f"Closest to the oracle's forget loss: **{closest}**: {figures(closest)}.",
         f"Lowest retain loss: **{cheapest}**: {figures(cheapest)}.",
     ]
+    seeds = len(results["comparison"]["seeds"])
+    if seeds < MIN_SEEDS_TO_STAR:
+        lines.append(f"Intervals over {seeds} seed(s) are far too narrow; take {MIN_SEEDS_TO_STAR} or more to compare.")
     if diverged:
         lines.append(f"Diverged in at least one run, and not ranked: {', '.join(sorted(diverged))}.")
     return lines
@@ -273,6 +292,7 @@ def draw_front(results: Results, path: Path) -> Path:
             )  # fmt: skip
         panel.set(xlabel="retain loss (held-out), lower is better", ylabel=name.replace("_", " "))
         panel.axhline(estimate(results, ORACLE, name).mean, color="dimgray", linewidth=0.8, linestyle=":")
+        panel.xaxis.set_major_locator(MaxNLocator(4))
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{results['comparison']['task']}: means and 95 % intervals; dotted: the oracle", fontsize=10)
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
@@ -299,6 +319,7 @@ def draw_lambdas(results: Results, path: Path) -> Path:
         panel.plot(steps, traces.T, color=colors[policy], linewidth=0.6, alpha=0.5)
         panel.plot(steps, np.nanmean(traces, axis=0), color=colors[policy], linewidth=1.8)
         panel.set_title(policy, fontsize=8)
+        panel.tick_params(labelbottom=True)
         panel.spines[["top", "right"]].set_visible(False)
     for panel in panels[len(named) :]:
         panel.set_axis_off()
@@ -329,7 +350,7 @@ def draw_sample_grids(results: Results, path: Path) -> Path:
         draw_samples(panels[0, column], forget[order] if images else forget, columns=10)
         if images:
             draw_samples(panels[1, column], quality, columns=10)
-    title = "samples from the same noise"
+    title = "samples from the same noise; in the middle the policy that forgot most"
     if images:
         title += f"; top: first the {len(hits)} that the untouched model turns into forget data; bottom: of all labels"
     figure.suptitle(title, fontsize=9)

@@ -107,7 +107,9 @@ def _from_module(module: str, attribute: str) -> LambdaPolicy:
     try:
         found: Any = getattr(importlib.import_module(module), attribute)
     except AttributeError:
-        raise PolicyError(f"policy {module}:{attribute}: {module!r} has no {attribute!r}") from None
+        close = difflib.get_close_matches(attribute, vars(sys.modules[module]), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise PolicyError(f"policy {module}:{attribute}: {module!r} has no {attribute!r}{hint}") from None
     except Exception as error:  # whatever the user's module raises
         reason = error_line(error)
         raise PolicyError(f"policy {module}:{attribute}: cannot import {module!r} ({reason}); see {USAGE}") from None

@@ -28,12 +28,14 @@ def load_torchvision(name: str, root: Path, *, train: bool, download: bool = Fal
     """``MNIST`` or ``FashionMNIST`` through torchvision: uint8 ``(N, 1, 28, 28)`` and int64 ``(N,)``."""
     from torchvision import datasets
 
+    if not root.is_dir() and not download:
+        raise DataError(f"data root {root} is not a folder; correct it, or let torchvision fill it with --download")
     try:
         dataset = getattr(datasets, name)(root=str(root), train=train, download=download)
     except (RuntimeError, OSError, ValueError, AssertionError) as error:
         raise DataError(
             f"no usable {name} under {root} ({str(error).splitlines()[0]}); "
-            "name the folder that holds it with --data-root, or let torchvision download it (download=True)"
+            "name the folder that holds it with --data-root, or let torchvision fill it with --download"
         ) from None
     return dataset.data.unsqueeze(1), dataset.targets.to(torch.int64)
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from unlearn_gym.diffusion import ScheduleConfig
-from unlearn_gym.errors import DataError, TaskError, WeightsError
+from unlearn_gym.errors import TaskError, WeightsError
 from unlearn_gym.models import MLPConfig, UNetConfig, build_network
 from unlearn_gym.models.weights import load_weights
 from unlearn_gym.settings import RunSettings, describe_validation_error
@@ -138,8 +138,6 @@ def resolve_data_root(data_root: str | os.PathLike[str] | None) -> Path | None:
 
 @lru_cache(maxsize=4)
 def _cached_data(task: Task, root: Path | None, download: bool) -> TaskData:
-    if root is not None and not root.is_dir() and not download:
-        raise DataError(f"data root {root} is not a folder; correct it, or let torchvision fill it with --download")
     return task.load_data(root, download)
 
 
