@@ -6,18 +6,18 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+
+if TYPE_CHECKING:
+    from unlearn_gym.evaluation.comparison import CellProgress
 
 Threads = Annotated[int | None, tyro.conf.arg(help="torch threads; default: torch's own choice")]
 DataRoot = Annotated[
     Path | None,
     tyro.conf.arg(help="folder with torchvision's data; default: $UNLEARN_GYM_DATA_ROOT, else the shipped part"),
 ]
-
-
-CellProgress = Callable[[dict[str, Any] | None, int, int], None]
 
 
 def _command() -> str:

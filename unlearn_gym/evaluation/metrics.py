@@ -134,7 +134,7 @@ class Evaluator:
         self.alphas_cumprod = task.schedule.alphas_cumprod()
         self.reference = None
         if task.classify is not None:
-            self.reference, self.reference_classes = task.classify(to_model_range(data.heldout))
+            self.reference = task.classify(to_model_range(data.heldout))[0]
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         """All metrics of ``model``; raises :class:`ResultsError` when samples are too few for one."""

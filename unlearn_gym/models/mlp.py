@@ -22,11 +22,6 @@ class MLPConfig(BaseModel):
     hidden: tuple[int, ...] = (64, 64, 64)
     embedding_dim: int = Field(32, ge=4)
 
-    @property
-    def sample_shape(self) -> tuple[int, ...]:
-        """Shape of one sample, ``(D,)``."""
-        return (self.dim,)
-
 
 class EpsilonMLP(nn.Module):
     """``forward(x_t (B, D), timesteps (B,), labels=None) -> epsilon_pred (B, D)``; unconditional."""

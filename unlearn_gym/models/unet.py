@@ -35,11 +35,6 @@ class UNetConfig(BaseModel):
             raise ValueError(f"channels={self.channels} must be multiples of 8")
         return self
 
-    @property
-    def sample_shape(self) -> tuple[int, ...]:
-        """Shape of one sample, ``(C, H, W)``."""
-        return (self.image_channels, self.image_size, self.image_size)
-
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding ``(B, dim)`` of integer timesteps; Vaswani et al. (2017), section 3.5."""
