@@ -71,6 +71,14 @@ def test_reseeding_equals_a_fresh_environment():
         np.testing.assert_array_equal(a, b)
 
 
+def test_norms_measured_now_and_then_come_with_their_age():
+    env = make(forget_grad_rule="loss", grad_norms="every:4", horizon=6)
+    ages = [rows[6] for rows in rollout(env, [0.5] * 6, 0)[:-1]] + [env.unwrapped._observation()[6]]
+    np.testing.assert_array_equal(ages, [0, 0, 0.25, 0.5, 0.75, 0, 0.25])
+    assert env.observation_space.shape == (7,)
+    sb3_check(RescaleAction(env, np.float32(-1), np.float32(1)))
+
+
 def test_an_unseeded_reset_begins_another_episode():
     env = make()
     env.reset(seed=0)

@@ -8,23 +8,26 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unlearn_gym import siss
-from unlearn_gym.errors import RunError
+from unlearn_gym.errors import RunError, SettingsError
 from unlearn_gym.models.flat import FlatParameters
-from unlearn_gym.run import dataset_factors
-from unlearn_gym.tasks import get_task
+from unlearn_gym.siss import dataset_factors
+from unlearn_gym.step import unpack
 
-ALPHAS = get_task("gaussians-2d").schedule.alphas_cumprod()
+COMBINED = {"forget_grad_rule": "loss", "grad_norms": "every:3"}
 
 
 def plain_update(model, optimizer, run, generator, lambda_, settings):
     """The SISS update as a plain training loop writes it, for comparison."""
     b = run.draw(generator)
-    x_t, k = siss.sample_mixture(b.retain, b.forget, b.noise, b.timesteps, run.alphas_cumprod, lambda_, generator)
+    x_t, k = siss.sample_mixture(b.retain, b.forget, b.noise, b.timesteps, b.uniforms, run.alphas_cumprod, lambda_)
     labels = None if b.retain_labels is None else siss.mixture_labels(k, b.retain_labels, b.forget_labels)
     pred = model(x_t, b.timesteps, None if labels is None else labels.drawn)
-    w_r, w_f = siss.importance_weights(x_t, b.retain, b.forget, b.timesteps, run.alphas_cumprod, lambda_, labels=labels)
+    *_, w_r, w_f = siss.mixture_targets(
+        x_t, b.retain, b.forget, b.timesteps, run.alphas_cumprod, lambda_, labels=labels
+    )
     a = run.alphas_cumprod[b.timesteps].view(-1, *(1,) * (x_t.dim() - 1))
     eps = [(x_t - a.sqrt() * x) / (1 - a).sqrt() for x in (b.retain, b.forget)]
     errors = [(pred - e).square().flatten(1).mean(1) for e in eps]
@@ -64,6 +67,93 @@ def test_update_equals_a_plain_training_loop(make_run, task, rule, clip):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.parametrize("lambda_", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_passes_without_the_samples_of_zero_weight_give_the_same_gradients(make_run, lambda_, batch_size):
+    run, whole = (make_run("mnist-trousers", skip_zero_weights=s, batch_size=batch_size) for s in (True, False))
+    for _ in range(4):
+        found, expected = run.measure(lambda_), whole.measure(lambda_)
+        for a, b in ((run.retain_grad, whole.retain_grad), (run.forget_grad, whole.forget_grad)):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5 * max(b.abs().max().item(), 1e-8))
+        np.testing.assert_allclose(found.second_moment, expected.second_moment, rtol=1e-4, atol=1e-12)
+
+
+def test_most_weights_are_exactly_zero_where_labels_differ(make_run):
+    run = make_run("mnist-trousers", batch_size=1024)
+    draw, _ = run._draw(0.5, run.generator)
+    rows = run._weighted_rows(draw.targets)
+    assert rows is not None
+    assert sum(len(r) for r in rows) < 1.2 * 1024
+    assert make_run("mnist-trousers", skip_zero_weights=False)._weighted_rows(draw.targets) is None
+    everything = draw.targets._replace(retain_weight=torch.ones(1024), forget_weight=torch.ones(1024))
+    assert run._weighted_rows(everything) is None
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("task", ["gaussians-2d", "mnist-trousers"])
+def test_one_combined_backward_pass_makes_the_same_updates(make_run, task, clip):
+    options = {"optimizer": "sgd", "learning_rate": 1e-3, "max_grad_norm": clip, "forget_scale": 30.0}
+    run, exact = make_run(task, **options, **COMBINED), make_run(task, **options, forget_grad_rule="loss")
+    for _ in range(7):
+        found, expected = run.update(0.4), exact.update(0.4)
+        np.testing.assert_allclose(found.update_norm, expected.update_norm, rtol=1e-3)
+        np.testing.assert_allclose(found.siss_loss, expected.siss_loss, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(run.flat.vector, exact.flat.vector, rtol=1e-4, atol=1e-6)
+
+
+def test_norms_between_measurements_are_the_last_ones_and_say_their_age(make_run):
+    run, exact = make_run(**COMBINED), make_run(forget_grad_rule="loss")
+    terms = [run.update(0.4) for _ in range(7)]
+    assert [t.norms_age for t in terms] == [0, 1, 2, 0, 1, 2, 0]
+    assert len({t.retain_grad_norm for t in terms}) == 3
+    assert terms[1].forget_grad_norm == terms[0].forget_grad_norm != terms[3].forget_grad_norm
+    assert run.measure(0.4).norms_age == 0
+    assert run.update(0.4).retain_grad_norm == terms[-1].retain_grad_norm
+    assert {exact.update(0.4).norms_age for _ in range(4)} == {0}
+
+
+@pytest.mark.parametrize("value", ["every", "every:0", "every:x", "sometimes"])
+def test_a_bad_grad_norms_is_named(make_run, value):
+    with pytest.raises(SettingsError, match=f"grad_norms='{value}'"):
+        make_run(grad_norms=value, forget_grad_rule="loss")
+
+
+@pytest.mark.parametrize("rule", ["fixed_norm", "relative_norm"])
+def test_a_rule_that_needs_norms_refuses_to_go_without(make_run, rule):
+    with pytest.raises(SettingsError, match=f"forget_grad_rule='loss' only: '{rule}' needs both norms"):
+        make_run(grad_norms="every:4", forget_grad_rule=rule)
+
+
+class HostSynchronisations(TorchDispatchMode):
+    """Counts the operations that make a host wait for its accelerator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket._qualified_op_name.split("::")[1] in {
+            "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2",
+        }:  # fmt: skip
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"forget_grad_rule": "fixed_norm"}, COMBINED, {"max_grad_norm": None}])
+def test_an_update_waits_for_the_device_only_once_at_its_end(make_run, options, monkeypatch):
+    run = make_run(skip_zero_weights=False, **options)
+    transfers = []
+    monkeypatch.setattr("unlearn_gym.run.unpack", lambda *a: transfers.append(a) or unpack(*a))
+    with HostSynchronisations() as mode:
+        run.update(0.4)
+        run.update(0.4)
+    assert mode.found == []
+    assert len(transfers) == 2
+    with HostSynchronisations() as mode:
+        make_run(skip_zero_weights=True).update(0.4)
+    assert mode.found  # it does see what it is to see
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 def test_flat_optimizer_equals_the_per_parameter_one(make_run, optimizer):
     run = make_run(optimizer=optimizer, learning_rate=1e-3, max_grad_norm=None, forget_grad_rule="loss")
@@ -81,9 +171,10 @@ def test_flat_optimizer_equals_the_per_parameter_one(make_run, optimizer):
 
 
 @pytest.mark.parametrize("task", ["gaussians-2d", "mnist-trousers"])
-def test_restored_run_continues_bit_for_bit(make_run, task):
-    run = make_run(task)
-    for _ in range(3):
+@pytest.mark.parametrize("options", [{}, COMBINED])
+def test_restored_run_continues_bit_for_bit(make_run, task, options):
+    run = make_run(task, **options)
+    for _ in range(4):
         run.update(0.4)
     snapshot = run.snapshot()
     first = [run.update(0.6) for _ in range(3)] + [run.measure(0.5)]
@@ -91,7 +182,7 @@ def test_restored_run_continues_bit_for_bit(make_run, task):
     run.restore(snapshot)
     second = [run.update(0.6) for _ in range(3)] + [run.measure(0.5)]
     assert torch.equal(weights, run.flat.vector)
-    assert run.updates == 6
+    assert run.updates == 7
     for a, b in zip(first, second, strict=True):
         np.testing.assert_equal(a.as_dict(), b.as_dict())
 

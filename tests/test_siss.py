@@ -23,7 +23,8 @@ def pairs(
     timesteps = torch.randint(len(ALPHAS), (n,), generator=generator)
     if timestep is not None:
         timesteps = torch.full((n,), timestep)
-    x_t, k = siss.sample_mixture(retain * spread, forget * spread, noise, timesteps, ALPHAS, lambda_, generator)
+    uniforms = torch.rand(n, generator=generator)
+    x_t, k = siss.sample_mixture(retain * spread, forget * spread, noise, timesteps, uniforms, ALPHAS, lambda_)
     return retain * spread, forget * spread, noise, timesteps, x_t, k
 
 
@@ -31,7 +32,7 @@ def pairs(
 @pytest.mark.parametrize("lambda_", LAMBDAS)
 def test_weights_obey_their_identities(shape, lambda_):
     retain, forget, _, timesteps, x_t, _ = pairs(512, shape, lambda_)
-    w_r, w_f = siss.importance_weights(x_t, retain, forget, timesteps, ALPHAS, lambda_)
+    _, _, w_r, w_f = siss.mixture_targets(x_t, retain, forget, timesteps, ALPHAS, lambda_)
     assert torch.isfinite(w_r).all()
     assert torch.isfinite(w_f).all()
     torch.testing.assert_close((1 - lambda_) * w_r + lambda_ * w_f, torch.ones(512), rtol=1e-4, atol=1e-4)
@@ -43,7 +44,7 @@ def test_weights_obey_their_identities(shape, lambda_):
 
 def test_weights_equal_the_ratio_of_gaussian_densities():
     retain, forget, _, timesteps, x_t, _ = pairs(64, (2,), 0.3, timestep=800)
-    w_r, w_f = siss.importance_weights(x_t, retain, forget, timesteps, ALPHAS, 0.3)
+    _, _, w_r, w_f = siss.mixture_targets(x_t, retain, forget, timesteps, ALPHAS, 0.3)
     alpha_bar = ALPHAS[800].double()
 
     def density(x):
@@ -58,7 +59,7 @@ def test_weights_equal_the_ratio_of_gaussian_densities():
 def test_weights_where_labels_differ_are_exactly_those_of_separate_densities():
     retain, forget, _, timesteps, x_t, k = pairs(256, (2,), 0.3)
     labels = siss.mixture_labels(k, torch.zeros(256, dtype=torch.int64), torch.ones(256, dtype=torch.int64))
-    w_r, w_f = siss.importance_weights(x_t, retain, forget, timesteps, ALPHAS, 0.3, labels=labels)
+    _, _, w_r, w_f = siss.mixture_targets(x_t, retain, forget, timesteps, ALPHAS, 0.3, labels=labels)
     torch.testing.assert_close(w_r, torch.where(k, 0.0, 1 / 0.7))
     torch.testing.assert_close(w_f, torch.where(k, 1 / 0.3, 0.0))
 
@@ -85,10 +86,8 @@ def terms_at(lambda_: float, n: int, seed: int, spread: float = 1.0):
     retain_labels = torch.arange(n) % 2
     labels = siss.mixture_labels(k, retain_labels, torch.ones(n, dtype=torch.int64))
     pred = torch.tanh(x_t) + 0.3 * labels.drawn[:, None]
-    terms = siss.siss_terms(
-        pred, x_t, retain, forget, timesteps, ALPHAS, lambda_, forget_scale=1.5, labels=labels, **coefficients()
-    )
-    return terms, k
+    targets = siss.mixture_targets(x_t, retain, forget, timesteps, ALPHAS, lambda_, labels=labels)
+    return siss.siss_terms(pred, targets, forget_scale=1.5, **coefficients()), k
 
 
 def losses(lambda_: float, n: int, seed: int) -> torch.Tensor:
@@ -123,10 +122,11 @@ def test_score_function_gradient_vanishes_sample_by_sample_where_weights_are_sat
     labels = siss.mixture_labels(k, torch.zeros(64, dtype=torch.int64), torch.ones(64, dtype=torch.int64))
     for i in range(64):
         one = slice(i, i + 1)
-        terms = siss.siss_terms(
-            torch.tanh(x_t[one]), x_t[one], retain[one], forget[one], timesteps[one], ALPHAS, 0.3,
-            forget_scale=1.5, labels=siss.PairLabels(*(v[one] for v in labels)), **coefficients(),
+        targets = siss.mixture_targets(
+            x_t[one], retain[one], forget[one], timesteps[one], ALPHAS, 0.3,
+            labels=siss.PairLabels(*(v[one] for v in labels)),
         )  # fmt: skip
+        terms = siss.siss_terms(torch.tanh(x_t[one]), targets, forget_scale=1.5, **coefficients())
         gradients = siss.lambda_gradients(terms, k[one], 0.3, forget_scale=1.5, **coefficients())
         assert gradients["pathwise"] > 0
         assert abs(gradients["score_function"]) < 1e-4 * gradients["pathwise"]
@@ -135,7 +135,8 @@ def test_score_function_gradient_vanishes_sample_by_sample_where_weights_are_sat
 def test_pathwise_gradient_is_the_derivative_with_the_mask_fixed():
     retain, forget, _, timesteps, x_t, k = pairs(64, (2,), 0.4)
     pred, lam = torch.tanh(x_t), torch.tensor(0.4, requires_grad=True)
-    terms = siss.siss_terms(pred, x_t, retain, forget, timesteps, ALPHAS, lam, forget_scale=1.5, **coefficients())
+    targets = siss.mixture_targets(x_t, retain, forget, timesteps, ALPHAS, lam)
+    terms = siss.siss_terms(pred, targets, forget_scale=1.5, **coefficients())
     (expected,) = torch.autograd.grad(terms.siss_loss, lam)
     detached = siss.SISSTerms(*(t.detach() for t in terms))
     found = siss.lambda_gradients(detached, k, 0.4, forget_scale=1.5, **coefficients())["pathwise"]
@@ -145,7 +146,8 @@ def test_pathwise_gradient_is_the_derivative_with_the_mask_fixed():
 def test_output_gradients_are_those_of_the_losses():
     retain, forget, _, timesteps, x_t, _ = pairs(32, (1, 4, 4), 0.4)
     pred = torch.tanh(x_t).requires_grad_()
-    terms = siss.siss_terms(pred, x_t, retain, forget, timesteps, ALPHAS, 0.4, **coefficients())
+    targets = siss.mixture_targets(x_t, retain, forget, timesteps, ALPHAS, 0.4)
+    terms = siss.siss_terms(pred, targets, **coefficients())
     expected = [
         torch.autograd.grad(loss, pred, retain_graph=True)[0] for loss in (terms.retain_loss, terms.forget_loss)
     ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from unlearn_gym.errors import SettingsError
-from unlearn_gym.run import FEATURES, UnlearningRun
+from unlearn_gym.run import UnlearningRun
+from unlearn_gym.step import FEATURES
 from unlearn_gym.tasks import FeatureConstants, Task, TaskData
 
 MIN_BATCHES = 64

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,99 +16,38 @@ from unlearn_gym.diffusion import q_sample
 from unlearn_gym.errors import RunError
 from unlearn_gym.models.flat import FlatParameters
 from unlearn_gym.settings import RunSettings
+from unlearn_gym.step import (
+    SECOND_MOMENT_GRID,
+    Batch,
+    Draw,
+    GradientNorms,
+    StepTerms,
+    clip_factor,
+    draw_batch,
+    gradient_norms,
+    mix,
+    pack,
+    unpack,
+)  # fmt: skip
 from unlearn_gym.tasks.data import TaskData, to_model_range
 
-FEATURES = ("retain_loss", "forget_loss", "retain_grad_norm", "forget_grad_norm")
-"""The measured quantities that make up an observation, in its order."""
-
-SECOND_MOMENT_GRID = np.linspace(0.02, 0.98, 49)
-"""The λ at which every step reports the second moment of its gradient."""
-
-NEGLIGIBLE_WEIGHT = 1e-3
 PROBE_SIZE = 64
-
-
-@dataclass(frozen=True, slots=True)
-class StepTerms:
-    """What one batch measured. Losses hold their data-set factor (c_r, c_f); norms are those of the
-    gradients of ``retain_loss`` and ``forget_loss``, before any rescaling or clipping.
-
-    ``lambda_gradients``: dL_SISS/dλ by estimator (see :func:`unlearn_gym.siss.lambda_gradients`), and
-    ``"variance"``: d log M/dλ of the gradient's second moment M. ``second_moment (3, 49)``: M's parts
-    ⟨g_r, g_r⟩, ⟨g_r, g_f⟩, ⟨g_f, g_f⟩ at ``SECOND_MOMENT_GRID`` (:func:`unlearn_gym.siss.combine_products`).
-    ``retain_ess``, ``forget_ess``: effective sample size (Σw)²/Σw² in 0..B; ``negligible_fraction``: share
-    of the 2B weights below 0.001; ``forget_fraction``: share of x_t drawn from forget samples.
-    ``forget_multiplier``: the factor that the forget gradient got; ``update_norm``: norm of the whole
-    gradient before clipping.
-    """
-
-    lambda_: float
-    retain_loss: float
-    forget_loss: float
-    siss_loss: float
-    retain_grad_norm: float
-    forget_grad_norm: float
-    forget_multiplier: float
-    update_norm: float
-    retain_weight_max: float
-    forget_weight_max: float
-    retain_ess: float
-    forget_ess: float
-    negligible_fraction: float
-    forget_fraction: float
-    lambda_gradients: dict[str, float]
-    second_moment: NDArray[np.float64]
-    diverged: bool
-
-    def as_dict(self) -> dict[str, Any]:
-        """The terms by name; dict and array are copies."""
-        values = {name: getattr(self, name) for name in self.__slots__}
-        return {**values, "lambda_gradients": {**self.lambda_gradients}, "second_moment": self.second_moment.copy()}
-
-
-class Batch(NamedTuple):
-    """One pair batch: samples ``(B, *S)`` in model range, labels ``(B,)`` or None."""
-
-    retain: Tensor
-    forget: Tensor
-    retain_labels: Tensor | None
-    forget_labels: Tensor | None
-    noise: Tensor
-    timesteps: Tensor
-
-
-class GradientNorms(NamedTuple):
-    """0-dim tensors: ‖g_r‖, ‖g_f‖, the factor m of the forget gradient, ‖g_r - m g_f‖."""
-
-    retain: Tensor
-    forget: Tensor
-    forget_multiplier: Tensor
-    update: Tensor
+SPLIT_LIMIT = 1.5
+"""Largest share of samples, both sides counted, at which two passes of a part each are cheaper than three of all."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run's state: weights, buffers, optimizer, both generators, counters."""
+    """A run's state: weights, buffers, optimizer, both generators, norms last measured, counters."""
 
     vector: Tensor
     optimizer: dict[str, Tensor]
     buffers: dict[str, Tensor]
     generators: tuple[Tensor, Tensor]
+    known_norms: tuple[Tensor, Tensor]
+    norms_age: int
     updates: int
     diverged: bool
-
-
-def dataset_factors(rule: str, num_retain: int, num_forget: int) -> tuple[float, float]:
-    """(c_r, c_f); with N = |R| + |F|, "siss" is (N/(N-K), K/(N-K)), "inverse_size" (N/|R|, N/|F|)."""
-    total = num_retain + num_forget
-    if rule == "siss":
-        return total / num_retain, num_forget / num_retain
-    return (total / num_retain, total / num_forget) if rule == "inverse_size" else (1.0, 1.0)
-
-
-def effective_sample_size(weights: Tensor) -> Tensor:
-    """(Σw)²/Σw², 0 where all weights vanish."""
-    return weights.sum().square() / weights.square().sum().clamp_min(torch.finfo(weights.dtype).tiny)
 
 
 class UnlearningRun:
@@ -145,15 +84,19 @@ class UnlearningRun:
         self._retain_views = self.flat.gradient_views(self.retain_grad)
         self._forget_views = self.flat.gradient_views(self.forget_grad)
         self.update_grad = torch.zeros_like(self.flat.vector.data)
+        self._update_views = self.flat.gradient_views(self.update_grad)
         self.flat.vector.grad = self.update_grad
         self.optimizer = self._make_optimizer()
-        self.retain_coef, self.forget_coef = dataset_factors(
+        self.retain_coef, self.forget_coef = siss.dataset_factors(
             settings.dataset_factors, data.retain_size or len(data.retain), len(data.forget)
         )
         self._coefs = {"retain_coef": self.retain_coef, "forget_coef": self.forget_coef}
         self.generator = torch.Generator(device)
         self.measure_generator = torch.Generator(device)
         self._grid = torch.tensor(SECOND_MOMENT_GRID, dtype=torch.float32, device=device)
+        self._splits = settings.skip_zero_weights and self.generator.device.type == "cpu"  # elsewhere it would wait
+        self._known_norms = (torch.zeros((), device=device),) * 2
+        self._norms_age = 0
         self.updates = 0
         self.diverged = False
         self.seed(seed)
@@ -178,40 +121,35 @@ class UnlearningRun:
 
     def draw(self, generator: torch.Generator) -> Batch:
         """A batch of pairs, drawn with replacement."""
-        data, size, device = self.data, self.settings.batch_size, self.settings.device
-        retain_index = torch.randint(len(data.retain), (size,), generator=generator, device=device)
-        forget_index = torch.randint(len(data.forget), (size,), generator=generator, device=device)
-        retain = to_model_range(data.retain[retain_index])
-        num_timesteps = len(self.alphas_cumprod)
-        return Batch(
-            retain,
-            to_model_range(data.forget[forget_index]),
-            None if data.retain_labels is None else data.retain_labels[retain_index],
-            None if data.forget_labels is None else data.forget_labels[forget_index],
-            torch.randn(retain.shape, generator=generator, device=device),
-            torch.randint(num_timesteps, (size,), generator=generator, device=device),
-        )
+        return draw_batch(self.data, self.settings.batch_size, len(self.alphas_cumprod), generator)
 
     def update(self, lambda_: float) -> StepTerms:
         """One forward pass, two backward passes, one optimizer step.
 
-        Raises :class:`RunError` for a λ outside [0, 1] and for a run that has diverged.
+        Samples of zero weight need no pass, and ``grad_norms="every:k"`` saves one backward pass between
+        measurements. Raises :class:`RunError` for a λ outside [0, 1] and for a run that has diverged.
         """
-        terms, from_forget = self._gradients(lambda_, self.generator)
-        norms = self._norms(terms.forget_weight)
-        scale = torch.ones_like(norms.update)
-        if self.settings.max_grad_norm is not None:
-            scale = (self.settings.max_grad_norm / (norms.update + 1e-6)).clamp(max=1.0)
-        torch.mul(self.retain_grad, scale, out=self.update_grad)
-        self.update_grad.addcmul_(self.forget_grad, scale * norms.forget_multiplier, value=-1.0)
+        self.check(lambda_)
+        draw, value = self._draw(lambda_, self.generator)
+        if self.updates % self.settings.norms_period == 0:
+            terms, norms = self._separate_gradients(draw)
+            self._known_norms, self._norms_age = (norms.retain, norms.forget), 0
+            scale = clip_factor(norms.update, self.settings.max_grad_norm)
+            torch.mul(self.retain_grad, scale, out=self.update_grad)
+            self.update_grad.addcmul_(self.forget_grad, scale * norms.forget_multiplier, value=-1.0)
+        else:
+            terms, norms = self._combined_gradient(draw)
+            self.update_grad.mul_(clip_factor(norms.update, self.settings.max_grad_norm))
         self.optimizer.step()
         self.updates += 1
-        return self._report(lambda_, terms, from_forget, norms)
+        return self._report(lambda_, value, draw, terms, norms, self._norms_age)
 
     def measure(self, lambda_: float) -> StepTerms:
         """The terms of a batch of the measuring stream, without an update."""
-        terms, from_forget = self._gradients(lambda_, self.measure_generator)
-        return self._report(lambda_, terms, from_forget, self._norms(terms.forget_weight))
+        self.check(lambda_)
+        draw, value = self._draw(lambda_, self.measure_generator)
+        terms, norms = self._separate_gradients(draw)
+        return self._report(lambda_, value, draw, terms, norms, 0)
 
     def measure_unweighted(self) -> NDArray[np.float64]:
         """``[retain_loss, forget_loss, retain_grad_norm, forget_grad_norm]`` without importance
@@ -230,29 +168,74 @@ class UnlearningRun:
         losses_and_norms = torch.stack(values)[[0, 2, 1, 3]]
         return np.asarray(losses_and_norms.tolist(), dtype=np.float64)
 
-    def _gradients(self, lambda_: float, generator: torch.Generator) -> tuple[siss.SISSTerms, Tensor]:
-        """Fill ``retain_grad`` and ``forget_grad`` from one batch."""
+    def check(self, lambda_: float) -> None:
+        """Raise :class:`RunError` when an update at ``lambda_`` cannot be made."""
         if not 0.0 <= lambda_ <= 1.0:
             raise RunError(f"lambda_={lambda_} must lie in [0, 1]")
         if self.diverged:
             raise RunError("this run has diverged; restore a snapshot before the next update")
-        batch = self.draw(generator)
-        x_t, from_forget = siss.sample_mixture(
-            batch.retain, batch.forget, batch.noise, batch.timesteps, self.alphas_cumprod, lambda_, generator
-        )
-        labels = None
-        if batch.retain_labels is not None and batch.forget_labels is not None:
-            labels = siss.mixture_labels(from_forget, batch.retain_labels, batch.forget_labels)
-        epsilon_pred = self.model(x_t, batch.timesteps, None if labels is None else labels.drawn)
-        with torch.no_grad():
-            terms = siss.siss_terms(
-                epsilon_pred, x_t, batch.retain, batch.forget, batch.timesteps, self.alphas_cumprod, lambda_,
-                forget_scale=self.settings.forget_scale, labels=labels, **self._coefs,
-            )  # fmt: skip
-            retain_output_grad, forget_output_grad = siss.output_gradients(terms, **self._coefs)
+
+    def _draw(self, lambda_: float, generator: torch.Generator) -> tuple[Draw, Tensor]:
+        """The next draw of ``generator``, and λ on the run's device."""
+        value = torch.full((), lambda_, device=generator.device)
+        return mix(self.draw(generator), self.alphas_cumprod, value), value
+
+    def _separate_gradients(self, draw: Draw) -> tuple[siss.SISSTerms, GradientNorms]:
+        """Fill ``retain_grad`` and ``forget_grad``, by one forward and two backward passes or less."""
+        rows = self._weighted_rows(draw.targets)
+        terms = self._whole_passes(draw) if rows is None else self._split_passes(draw, rows)
+        return terms, gradient_norms(self.retain_grad, self.forget_grad, terms.forget_weight, self.settings)
+
+    def _weighted_rows(self, targets: siss.MixtureTargets) -> tuple[Tensor, Tensor] | None:
+        """Which samples have a retain and which a forget weight, if each side's passes on its own pay."""
+        if not self._splits:
+            return None
+        retain, forget = targets.retain_weight.nonzero()[:, 0], targets.forget_weight.nonzero()[:, 0]
+        pays = len(retain) + len(forget) <= SPLIT_LIMIT * len(targets.retain_weight)
+        return (retain, forget) if pays else None
+
+    def _whole_passes(self, draw: Draw) -> siss.SISSTerms:
+        epsilon_pred = self.model(draw.x_t, draw.timesteps, draw.labels)
+        terms = self._terms(epsilon_pred, draw)
+        retain_output_grad, forget_output_grad = siss.output_gradients(terms, **self._coefs)
         self._backward(epsilon_pred, retain_output_grad, self.retain_grad, self._retain_views, retain_graph=True)
         self._backward(epsilon_pred, forget_output_grad, self.forget_grad, self._forget_views, retain_graph=False)
-        return terms, from_forget
+        return terms
+
+    def _split_passes(self, draw: Draw, rows: tuple[Tensor, Tensor]) -> siss.SISSTerms:
+        """A forward and a backward pass of each side's samples: one of zero weight has no gradient."""
+        epsilon_pred, outputs = torch.empty_like(draw.x_t), []
+        for index in rows:
+            labels = None if draw.labels is None else draw.labels[index]
+            outputs.append(self.model(draw.x_t[index], draw.timesteps[index], labels) if len(index) else None)
+            if outputs[-1] is not None:
+                epsilon_pred[index] = outputs[-1].detach()
+        terms = self._terms(epsilon_pred, draw)
+        sides = zip(
+            rows, outputs, siss.output_gradients(terms, **self._coefs), (self.retain_grad, self.forget_grad),
+            (self._retain_views, self._forget_views), strict=True,
+        )  # fmt: skip
+        for index, output, output_grad, gradient, views in sides:
+            if output is None:
+                gradient.zero_()
+            else:
+                self._backward(output, output_grad[index], gradient, views, retain_graph=False)
+        return terms
+
+    def _combined_gradient(self, draw: Draw) -> tuple[siss.SISSTerms, GradientNorms]:
+        """Fill ``update_grad`` by one backward pass of L_SISS; the separate norms are those last measured."""
+        epsilon_pred = self.model(draw.x_t, draw.timesteps, draw.labels)
+        terms, scale = self._terms(epsilon_pred, draw), self.settings.forget_scale
+        retain_output_grad, forget_output_grad = siss.output_gradients(terms, **self._coefs)
+        output_grad = retain_output_grad - scale * forget_output_grad
+        self._backward(epsilon_pred, output_grad, self.update_grad, self._update_views, retain_graph=False)
+        self._norms_age += 1
+        norm = self.update_grad.norm()
+        return terms, GradientNorms(*self._known_norms, torch.full_like(norm, scale), norm)
+
+    @torch.no_grad()
+    def _terms(self, epsilon_pred: Tensor, draw: Draw) -> siss.SISSTerms:
+        return siss.siss_terms(epsilon_pred, draw.targets, forget_scale=self.settings.forget_scale, **self._coefs)
 
     def _backward(
         self, output: Tensor, output_grad: Tensor | None, gradient: Tensor, views: list[Tensor], *, retain_graph: bool
@@ -262,68 +245,18 @@ class UnlearningRun:
         torch.autograd.backward(output, output_grad, retain_graph=retain_graph, inputs=self.flat.parameters)
         self.flat.point_gradients(None)
 
-    def _norms(self, forget_weight: Tensor) -> GradientNorms:
-        """The norms of both gradients, the forget gradient's factor by its rule, and the norm of the whole.
-
-        The norm rules would blow a batch without forget data up to full strength: where all its forget
-        weights are negligible, the direction of their gradient means nothing and its factor is 0.
-        """
-        s, r, f = self.settings, self.retain_grad, self.forget_grad
-        rr, rf, ff = torch.dot(r, r), torch.dot(r, f), torch.dot(f, f)
-        retain, forget = rr.sqrt(), ff.sqrt()
-        if s.forget_grad_rule == "loss":
-            multiplier = torch.full_like(forget, s.forget_scale)
-        else:
-            target = s.forget_grad_norm * (retain if s.forget_grad_rule == "relative_norm" else 1.0)
-            says_something = (forget > 0) & (forget_weight.max() > NEGLIGIBLE_WEIGHT)
-            multiplier = torch.where(says_something, target / forget, torch.zeros_like(forget))
-        update = (rr - 2.0 * multiplier * rf + multiplier.square() * ff).clamp_min(0.0).sqrt()
-        return GradientNorms(retain, forget, multiplier, update)
-
     @torch.no_grad()
     def _report(
-        self,
-        lambda_: float,
-        terms: siss.SISSTerms,
-        from_forget: Tensor,
-        norms: GradientNorms,
+        self, lambda_: float, value: Tensor, draw: Draw, terms: siss.SISSTerms, norms: GradientNorms, norms_age: int
     ) -> StepTerms:
         """Everything the step measured, brought over from the device in one transfer."""
-        gradients = siss.lambda_gradients(
-            terms, from_forget, lambda_, forget_scale=self.settings.forget_scale, **self._coefs
-        )
-        products = siss.output_gradient_products(terms, **self._coefs)
-        moment = siss.gradient_second_moment(terms, products, self._grid)
-        gradients["variance"] = siss.second_moment_slope(terms, products, norms.forget_multiplier)
-        w_r, w_f = terms.retain_weight, terms.forget_weight
-        negligible = torch.cat([w_r, w_f]) < NEGLIGIBLE_WEIGHT
-        scalars = {
-            "retain_loss": terms.retain_loss,
-            "forget_loss": terms.forget_loss,
-            "siss_loss": terms.siss_loss,
-            "retain_grad_norm": norms.retain,
-            "forget_grad_norm": norms.forget,
-            "forget_multiplier": norms.forget_multiplier,
-            "update_norm": norms.update,
-            "retain_weight_max": w_r.max(),
-            "forget_weight_max": w_f.max(),
-            "retain_ess": effective_sample_size(w_r),
-            "forget_ess": effective_sample_size(w_f),
-            "negligible_fraction": negligible.float().mean(),
-            "forget_fraction": from_forget.float().mean(),
-        }
-        parameter_sum = self.flat.vector.sum()  # not finite as soon as one parameter is not
-        stacked = torch.stack([*scalars.values(), parameter_sum, *gradients.values()])
-        packed = torch.cat([stacked, moment.flatten()]).double().cpu().numpy()
-        values, slopes, curve = np.split(packed, [len(scalars) + 1, len(stacked)])
-        self.diverged = not bool(np.isfinite(values).all())
-        return StepTerms(
-            lambda_=lambda_,
-            lambda_gradients=dict(zip(gradients, slopes.tolist(), strict=True)),
-            second_moment=curve.reshape(moment.shape),
-            diverged=self.diverged,
-            **dict(zip(scalars, values.tolist(), strict=False)),
-        )
+        scale = self.settings.forget_scale
+        packed = pack(
+            draw, terms, norms, value, self.flat.vector.sum(), self._grid, forget_scale=scale, **self._coefs
+        )  # fmt: skip
+        step_terms = unpack(packed.double().cpu().numpy(), lambda_, norms_age)
+        self.diverged = step_terms.diverged
+        return step_terms
 
     def _draw_probe(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Fixed forget and held-out pairs (x_t, timesteps, noise, labels), the same for every run."""
@@ -355,6 +288,8 @@ class UnlearningRun:
             {k: v.clone() for k, v in state.items() if isinstance(v, Tensor)},
             {k: v.clone() for k, v in self.model.named_buffers()},
             (self.generator.get_state(), self.measure_generator.get_state()),
+            self._known_norms,
+            self._norms_age,
             self.updates,
             self.diverged,
         )
@@ -367,11 +302,12 @@ class UnlearningRun:
             self.flat.vector.copy_(snapshot.vector)
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(snapshot.buffers[name])
-        self.optimizer.state.clear()
+        self.optimizer.state.pop(self.flat.vector, None)
         if snapshot.optimizer:
             self.optimizer.state[self.flat.vector] = {k: v.clone() for k, v in snapshot.optimizer.items()}
         self.generator.set_state(snapshot.generators[0])
         self.measure_generator.set_state(snapshot.generators[1])
+        self._known_norms, self._norms_age = snapshot.known_norms, snapshot.norms_age
         self.updates, self.diverged = snapshot.updates, snapshot.diverged
 
 

@@ -22,6 +22,12 @@ class RunSettings(BaseModel):
     norm. Under both norm rules a batch whose forget weights are all below 0.001 gets no forget gradient, as
     rescaling would turn its noise into a full step, and ``forget_scale`` shows in the reported loss alone.
 
+    ``grad_norms``: ``"exact"`` measures ‖g_r‖ and ‖g_f‖ in every update; ``"every:4"`` only in every fourth and
+    makes the others with one backward pass of L_SISS: for ``forget_grad_rule="loss"``, which needs no norms. The
+    observation then has a seventh entry, the norms' age. ``skip_zero_weights``: on a CPU, samples whose retain
+    (forget) weight is exactly 0 get no pass for the retain (forget) gradient, which they do not change; it pays
+    where the network's cost grows with the batch and most weights are saturated, as labels that differ make them.
+
     ``reward``: ``"siss"`` is -L_SISS less the smoothness penalty, ``"potential"`` the change of a score on a fixed
     probe set; the environment's docstring has both formulas.
     """
@@ -32,6 +38,8 @@ class RunSettings(BaseModel):
     forget_grad_rule: Literal["loss", "fixed_norm", "relative_norm"] = "relative_norm"
     forget_grad_norm: float = Field(0.5, ge=0)
     forget_scale: float = Field(1.0, ge=0, description="1 + s: weight of the forget term")
+    grad_norms: str = Field("exact", pattern=r"^(exact|every:[1-9]\d*)$", description="'exact' or 'every:k'")
+    skip_zero_weights: bool = True
     max_grad_norm: float | None = Field(1.0, gt=0, description="None: no clipping")
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: float = Field(5e-5, gt=0)
@@ -66,6 +74,20 @@ class RunSettings(BaseModel):
         if not self.lambda_min <= self.lambda_init <= self.lambda_max:
             raise ValueError(f"lambda_init={self.lambda_init} must lie in [{self.lambda_min}, {self.lambda_max}]")
         return self
+
+    @model_validator(mode="after")
+    def _norms_when_needed(self) -> Self:
+        if self.grad_norms != "exact" and self.forget_grad_rule != "loss":
+            raise ValueError(
+                f"grad_norms={self.grad_norms!r} goes with forget_grad_rule='loss' only: "
+                f"{self.forget_grad_rule!r} needs both norms at every update"
+            )
+        return self
+
+    @property
+    def norms_period(self) -> int:
+        """Both gradient norms are measured in every so many updates."""
+        return int(self.grad_norms.removeprefix("every:")) if self.grad_norms != "exact" else 1
 
     def override(self, **options: Any) -> RunSettings:
         """A copy with ``options`` replaced; raises :class:`SettingsError` for a bad name or value."""

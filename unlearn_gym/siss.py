@@ -2,7 +2,8 @@
 
 Alberti et al., "Data Unlearning in Diffusion Models" (ICLR 2025, arXiv 2503.01034); λ-orientation and
 data-set factors of arXiv 2512.01054. Shapes: samples ``(B, *S)``, timesteps and labels ``(B,)``; one
-noise tensor and one timestep serve the retain and the forget sample of a pair.
+noise tensor and one timestep serve the retain and the forget sample of a pair. All functions map over a
+further leading dimension with ``torch.vmap``.
 
 With a class-conditional network the label belongs to the sample: ``x_t`` carries its own sample's label
 (``labels``, from :func:`mixture_labels`), and a density is zero where labels differ. Conditioning on
@@ -27,6 +28,17 @@ class PairLabels(NamedTuple):
     forget: Tensor
 
 
+class MixtureTargets(NamedTuple):
+    """ε_r and ε_f ``(B, *S)``, the noises that lead from each sample of the pair to x_t, and the importance
+    weights w_r = q(x_t|retain)/q_λ(x_t) and w_f = q(x_t|forget)/q_λ(x_t), ``(B,)``.
+    """
+
+    retain_noise: Tensor
+    forget_noise: Tensor
+    retain_weight: Tensor
+    forget_weight: Tensor
+
+
 class SISSTerms(NamedTuple):
     """Per-sample quantities ``(B,)`` and their weighted means (0-dim).
 
@@ -46,20 +58,27 @@ class SISSTerms(NamedTuple):
     forget_residual: Tensor
 
 
+def dataset_factors(rule: str, num_retain: int, num_forget: int) -> tuple[float, float]:
+    """(c_r, c_f); with N = |R| + |F|, "siss" is (N/(N-K), K/(N-K)), "inverse_size" (N/|R|, N/|F|)."""
+    total = num_retain + num_forget
+    if rule == "siss":
+        return total / num_retain, num_forget / num_retain
+    return (total / num_retain, total / num_forget) if rule == "inverse_size" else (1.0, 1.0)
+
+
 def sample_mixture(
     retain: Tensor,
     forget: Tensor,
     noise: Tensor,
     timesteps: Tensor,
+    uniforms: Tensor,
     alphas_cumprod: Tensor,
     lambda_: float | Tensor,
-    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Draw ``x_t (B, *S)`` from the mixture; ``from_forget (B,)`` is True with probability λ.
+    """Draw ``x_t (B, *S)`` from the mixture; ``from_forget (B,)`` is True where ``uniforms (B,)`` are below λ.
 
-    One uniform number per pair is drawn whatever λ is, so equal generators give coupled draws.
+    Equal ``uniforms`` in [0, 1) give coupled draws at different λ.
     """
-    uniforms = torch.rand(len(retain), generator=generator, device=retain.device)
     from_forget = uniforms < lambda_
     x_start = torch.where(per_sample(from_forget, retain), forget, retain)
     return q_sample(x_start, noise, timesteps, alphas_cumprod), from_forget
@@ -90,7 +109,7 @@ def _log_weights(
     return -d_retain - log_mixture, -d_forget - log_mixture
 
 
-def importance_weights(
+def mixture_targets(
     x_t: Tensor,
     retain: Tensor,
     forget: Tensor,
@@ -99,51 +118,40 @@ def importance_weights(
     lambda_: float | Tensor,
     *,
     labels: PairLabels | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``w_r = q(x_t|retain) / q_λ(x_t)`` and ``w_f = q(x_t|forget) / q_λ(x_t)``, each ``(B,)``.
+) -> MixtureTargets:
+    """What a network is to predict at ``x_t``, and with which weight: known before the network runs.
 
-    Computed in log space. ``(1-λ) w_r + λ w_f = 1``, ``w_r <= 1/(1-λ)``, ``w_f <= 1/λ``; finite at
-    λ = 0 and λ = 1 for every ``x_t`` that the mixture can draw.
-    """
-    alpha_bar = per_sample(alphas_cumprod[timesteps], x_t)
-    log_retain, log_forget = _log_weights(
-        _residual_noise(x_t, retain, alpha_bar), _residual_noise(x_t, forget, alpha_bar), lambda_, labels
-    )
-    return log_retain.exp(), log_forget.exp()
-
-
-def siss_terms(
-    epsilon_pred: Tensor,
-    x_t: Tensor,
-    retain: Tensor,
-    forget: Tensor,
-    timesteps: Tensor,
-    alphas_cumprod: Tensor,
-    lambda_: float | Tensor,
-    *,
-    retain_coef: float = 1.0,
-    forget_coef: float = 1.0,
-    forget_scale: float = 1.0,
-    labels: PairLabels | None = None,
-) -> SISSTerms:
-    """``L_SISS = c_r mean(w_r ℓ_r) - (1+s) c_f mean(w_f ℓ_f)``, with ℓ the mean over pixels.
-
-    ``retain_coef`` is c_r, ``forget_coef`` c_f and ``forget_scale`` 1+s. Differentiable in
-    ``epsilon_pred`` and in a tensor ``lambda_`` (with ``x_t``, hence the drawn mask, held fixed).
+    Weights are computed in log space. ``(1-λ) w_r + λ w_f = 1``, ``w_r <= 1/(1-λ)``, ``w_f <= 1/λ``; finite
+    at λ = 0 and λ = 1 for every ``x_t`` that the mixture can draw. Differentiable in a tensor ``lambda_``.
     """
     alpha_bar = per_sample(alphas_cumprod[timesteps], x_t)
     retain_noise = _residual_noise(x_t, retain, alpha_bar)
     forget_noise = _residual_noise(x_t, forget, alpha_bar)
     log_retain, log_forget = _log_weights(retain_noise, forget_noise, lambda_, labels)
-    retain_weight, forget_weight = log_retain.exp(), log_forget.exp()
-    retain_residual, forget_residual = epsilon_pred - retain_noise, epsilon_pred - forget_noise
+    return MixtureTargets(retain_noise, forget_noise, log_retain.exp(), log_forget.exp())
+
+
+def siss_terms(
+    epsilon_pred: Tensor,
+    targets: MixtureTargets,
+    *,
+    retain_coef: float = 1.0,
+    forget_coef: float = 1.0,
+    forget_scale: float = 1.0,
+) -> SISSTerms:
+    """``L_SISS = c_r mean(w_r ℓ_r) - (1+s) c_f mean(w_f ℓ_f)``, with ℓ the mean over pixels.
+
+    ``retain_coef`` is c_r, ``forget_coef`` c_f and ``forget_scale`` 1+s. Differentiable in
+    ``epsilon_pred`` and in the targets' weights.
+    """
+    retain_residual, forget_residual = epsilon_pred - targets.retain_noise, epsilon_pred - targets.forget_noise
     retain_errors = retain_residual.square().flatten(1).mean(1)
     forget_errors = forget_residual.square().flatten(1).mean(1)
-    retain_loss = retain_coef * (retain_weight * retain_errors).mean()
-    forget_loss = forget_coef * (forget_weight * forget_errors).mean()
+    retain_loss = retain_coef * (targets.retain_weight * retain_errors).mean()
+    forget_loss = forget_coef * (targets.forget_weight * forget_errors).mean()
     return SISSTerms(
-        retain_loss, forget_loss, retain_loss - forget_scale * forget_loss,
-        retain_errors, forget_errors, retain_weight, forget_weight, retain_residual, forget_residual,
+        retain_loss, forget_loss, retain_loss - forget_scale * forget_loss, retain_errors, forget_errors,
+        targets.retain_weight, targets.forget_weight, retain_residual, forget_residual,
     )  # fmt: skip
 
 
@@ -158,7 +166,7 @@ def output_gradients(terms: SISSTerms, *, retain_coef: float, forget_coef: float
 def lambda_gradients(
     terms: SISSTerms,
     from_forget: Tensor,
-    lambda_: float,
+    lambda_: float | Tensor,
     *,
     retain_coef: float,
     forget_coef: float,
@@ -178,7 +186,8 @@ def lambda_gradients(
     pathwise = (losses_f - losses_r) * (w_f - w_r)
     k = from_forget.to(w_r.dtype)
     tiny = torch.finfo(w_r.dtype).tiny
-    score = k / max(lambda_, tiny) - (1.0 - k) / max(1.0 - lambda_, tiny)
+    probability = torch.as_tensor(lambda_, dtype=w_r.dtype, device=w_r.device)
+    score = k / probability.clamp_min(tiny) - (1.0 - k) / (1.0 - probability).clamp_min(tiny)
     return {
         "pathwise": pathwise.mean(),
         "score_function": (pathwise + (losses_r - losses_f) * score).mean(),

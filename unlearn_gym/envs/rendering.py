@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unlearn_gym.diffusion import sample
-from unlearn_gym.run import StepTerms, UnlearningRun
+from unlearn_gym.run import UnlearningRun
+from unlearn_gym.step import StepTerms
 from unlearn_gym.tasks import Task
 
 RETAIN_COLOR, FORGET_COLOR, LAMBDA_COLOR = "#1f6f8b", "#c8553d", "#3d3d3d"

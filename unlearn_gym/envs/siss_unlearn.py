@@ -12,7 +12,8 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from unlearn_gym.errors import ActionError, SettingsError
-from unlearn_gym.run import FEATURES, Snapshot, StepTerms, UnlearningRun
+from unlearn_gym.run import Snapshot, UnlearningRun
+from unlearn_gym.step import FEATURES, StepTerms
 from unlearn_gym.tasks import get_task, load_data
 
 FEATURE_CLIP = 5.0
@@ -47,7 +48,8 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
 
     Entries 0 to 3 are log(x / x0) clipped to ±5, with x0 measured once for the task at λ = 0.5;
     with ``normalize_features=False`` they are the raw values, in [0, ∞). They are what the previous update
-    measured (with ``features="fresh"``: unweighted terms of a new batch, at about twice the cost).
+    measured (with ``features="fresh"``: unweighted terms of a new batch, at about twice the cost). With
+    ``grad_norms="every:k"`` there is a seventh entry in [0, 1): updates since both norms were measured, over k.
 
     ## Rewards
     ``reward="siss"``: ``-L_SISS(λ_t) - smoothness_coef (λ_t - λ_{t-1})²``, as the paper has it. At
@@ -111,15 +113,17 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         self._start_potential: tuple[float, float] | None = None
         self.history: list[StepTerms] = []
         self._features = np.zeros(len(FEATURES))
+        self._norms_age = 0
         self._lambda = s.lambda_init
         self._potential = 0.0
 
     def _make_observation_space(self) -> spaces.Box:
         s = self.settings
         low, high = (-FEATURE_CLIP, FEATURE_CLIP) if s.normalize_features else (0.0, np.inf)
+        age = [] if s.grad_norms == "exact" else [1.0]
         return spaces.Box(
-            np.array([low] * len(FEATURES) + [s.lambda_min, 0.0], dtype=np.float32),
-            np.array([high] * len(FEATURES) + [s.lambda_max, 1.0], dtype=np.float32),
+            np.array([low] * len(FEATURES) + [s.lambda_min, 0.0] + [0.0] * len(age), dtype=np.float32),
+            np.array([high] * len(FEATURES) + [s.lambda_max, 1.0] + age, dtype=np.float32),
         )
 
     def _feature_scale(self) -> NDArray[np.float64]:
@@ -181,6 +185,7 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
 
     def _observe(self, terms: StepTerms) -> None:
         """Keep the features that the next observation shows."""
+        self._norms_age = terms.norms_age
         if self.settings.features == "fresh":
             self._features = self.run.measure_unweighted()
         else:
@@ -192,7 +197,8 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
             tiny = np.finfo(np.float64).tiny
             ratio = np.nan_to_num(features / self._scale, nan=np.inf)
             features = np.clip(np.log(np.maximum(ratio, tiny)), -FEATURE_CLIP, FEATURE_CLIP)
-        values = np.array([*features, self._lambda, self.run.updates / s.horizon])
+        age = [] if s.grad_norms == "exact" else [self._norms_age / s.norms_period]
+        values = np.array([*features, self._lambda, self.run.updates / s.horizon, *age])
         low, high = self.observation_space.low, self.observation_space.high
         finite = np.clip(np.nan_to_num(values), np.finfo(np.float32).min, np.finfo(np.float32).max)
         return np.clip(finite.astype(np.float32), low, high)

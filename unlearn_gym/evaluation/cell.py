@@ -24,6 +24,7 @@ UNTOUCHED, ORACLE, FINETUNE = "untouched", "oracle", "finetune"
 REFERENCES = (UNTOUCHED, ORACLE)
 FINETUNE_OPTIONS = {
     "lambda_min": 0.0, "lambda_init": 0.0, "forget_grad_rule": "relative_norm", "forget_grad_norm": 0.0,
+    "grad_norms": "exact",
 }  # fmt: skip
 """λ = 0 and no forget gradient: plain training on retain data, the naive baseline."""
 

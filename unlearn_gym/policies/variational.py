@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unlearn_gym.policies.base import Observation, PolicyContext, Transition
-from unlearn_gym.run import SECOND_MOMENT_GRID
 from unlearn_gym.siss import combine_products
+from unlearn_gym.step import SECOND_MOMENT_GRID
 
 GRADIENT_ESTIMATORS = ("pathwise", "score_function", "kl_only")
 NUM_FEATURES = 4

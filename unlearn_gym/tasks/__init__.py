@@ -76,7 +76,7 @@ register_task(
         schedule=ScheduleConfig(num_train_timesteps=200, beta_start=5e-4, beta_end=0.1),
         load_data=_load_gaussians,
         assets=ASSETS / "gaussians-2d",
-        settings=RunSettings(learning_rate=3e-4),
+        settings=RunSettings(learning_rate=3e-4, skip_zero_weights=False),
         classify=_classify_points,
         forget_classes=(0,),
         clip=None,

@@ -1,0 +1,208 @@
+"""The arithmetic of an update around the network's passes: pure functions of tensors, for one run or, mapped
+with ``torch.vmap``, for many.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unlearn_gym import siss
+from unlearn_gym.settings import RunSettings
+from unlearn_gym.tasks.data import TaskData, to_model_range
+
+FEATURES = ("retain_loss", "forget_loss", "retain_grad_norm", "forget_grad_norm")
+"""The measured quantities that make up an observation, in its order."""
+
+SECOND_MOMENT_GRID = np.linspace(0.02, 0.98, 49)
+"""The λ at which every step reports the second moment of its gradient."""
+
+NEGLIGIBLE_WEIGHT = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class StepTerms:
+    """What one batch measured. Losses hold their data-set factor (c_r, c_f); norms are those of the
+    gradients of ``retain_loss`` and ``forget_loss``, before any rescaling or clipping.
+
+    ``norms_age``: updates since both norms were measured, 0 unless ``grad_norms="every:k"``.
+    ``lambda_gradients``: dL_SISS/dλ by estimator (see :func:`unlearn_gym.siss.lambda_gradients`), and
+    ``"variance"``: d log M/dλ of the gradient's second moment M. ``second_moment (3, 49)``: M's parts
+    ⟨g_r, g_r⟩, ⟨g_r, g_f⟩, ⟨g_f, g_f⟩ at ``SECOND_MOMENT_GRID`` (:func:`unlearn_gym.siss.combine_products`).
+    ``retain_ess``, ``forget_ess``: effective sample size (Σw)²/Σw² in 0..B; ``negligible_fraction``: share
+    of the 2B weights below 0.001; ``forget_fraction``: share of x_t drawn from forget samples.
+    ``forget_multiplier``: the factor that the forget gradient got; ``update_norm``: norm of the whole
+    gradient before clipping.
+    """
+
+    lambda_: float
+    retain_loss: float
+    forget_loss: float
+    siss_loss: float
+    retain_grad_norm: float
+    forget_grad_norm: float
+    forget_multiplier: float
+    update_norm: float
+    retain_weight_max: float
+    forget_weight_max: float
+    retain_ess: float
+    forget_ess: float
+    negligible_fraction: float
+    forget_fraction: float
+    norms_age: int
+    lambda_gradients: dict[str, float]
+    second_moment: NDArray[np.float64]
+    diverged: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """The terms by name; dict and array are copies."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return {**values, "lambda_gradients": {**self.lambda_gradients}, "second_moment": self.second_moment.copy()}
+
+
+SCALARS = StepTerms.__slots__[1 : StepTerms.__slots__.index("norms_age")]
+SLOPES = ("pathwise", "score_function", "kl_only", "variance")
+
+
+class Batch(NamedTuple):
+    """One pair batch: samples ``(B, *S)`` in model range, labels ``(B,)`` or None, ``uniforms (B,)`` in [0, 1)."""
+
+    retain: Tensor
+    forget: Tensor
+    retain_labels: Tensor | None
+    forget_labels: Tensor | None
+    noise: Tensor
+    timesteps: Tensor
+    uniforms: Tensor
+
+
+class Draw(NamedTuple):
+    """What the network gets, ``x_t (B, *S)``, ``timesteps`` and ``labels (B,)``, and what it is to predict."""
+
+    x_t: Tensor
+    timesteps: Tensor
+    labels: Tensor | None
+    from_forget: Tensor
+    targets: siss.MixtureTargets
+
+
+class GradientNorms(NamedTuple):
+    """0-dim tensors: ‖g_r‖, ‖g_f‖, the factor m of the forget gradient, ‖g_r - m g_f‖."""
+
+    retain: Tensor
+    forget: Tensor
+    forget_multiplier: Tensor
+    update: Tensor
+
+
+def draw_batch(data: TaskData, size: int, num_timesteps: int, generator: torch.Generator) -> Batch:
+    """A batch of pairs, drawn with replacement on the generator's device."""
+    device = generator.device
+    retain_index = torch.randint(len(data.retain), (size,), generator=generator, device=device)
+    forget_index = torch.randint(len(data.forget), (size,), generator=generator, device=device)
+    retain = to_model_range(data.retain[retain_index])
+    return Batch(
+        retain,
+        to_model_range(data.forget[forget_index]),
+        None if data.retain_labels is None else data.retain_labels[retain_index],
+        None if data.forget_labels is None else data.forget_labels[forget_index],
+        torch.randn(retain.shape, generator=generator, device=device),
+        torch.randint(num_timesteps, (size,), generator=generator, device=device),
+        torch.rand(size, generator=generator, device=device),
+    )
+
+
+def mix(batch: Batch, alphas_cumprod: Tensor, lambda_: Tensor) -> Draw:
+    """Draw x_t from the mixture at ``lambda_ ()`` and weigh it."""
+    pair = batch.retain, batch.forget
+    x_t, from_forget = siss.sample_mixture(
+        *pair, batch.noise, batch.timesteps, batch.uniforms, alphas_cumprod, lambda_
+    )  # fmt: skip
+    labels = None
+    if batch.retain_labels is not None and batch.forget_labels is not None:
+        labels = siss.mixture_labels(from_forget, batch.retain_labels, batch.forget_labels)
+    targets = siss.mixture_targets(x_t, *pair, batch.timesteps, alphas_cumprod, lambda_, labels=labels)
+    return Draw(x_t, batch.timesteps, None if labels is None else labels.drawn, from_forget, targets)
+
+
+def gradient_norms(
+    retain_grad: Tensor, forget_grad: Tensor, forget_weight: Tensor, settings: RunSettings
+) -> GradientNorms:
+    """The norms of both gradients ``(P,)``, the forget gradient's factor by its rule, and the norm of the whole.
+
+    The norm rules would blow a batch without forget data up to full strength: where all its forget
+    weights are negligible, the direction of their gradient means nothing and its factor is 0.
+    """
+    r, f, rule = retain_grad, forget_grad, settings.forget_grad_rule
+    rr, rf, ff = torch.dot(r, r), torch.dot(r, f), torch.dot(f, f)
+    retain, forget = rr.sqrt(), ff.sqrt()
+    if rule == "loss":
+        multiplier = torch.full_like(forget, settings.forget_scale)
+    else:
+        target = settings.forget_grad_norm * (retain if rule == "relative_norm" else 1.0)
+        says_something = (forget > 0) & (forget_weight.max() > NEGLIGIBLE_WEIGHT)
+        multiplier = torch.where(says_something, target / forget, torch.zeros_like(forget))
+    update = (rr - 2.0 * multiplier * rf + multiplier.square() * ff).clamp_min(0.0).sqrt()
+    return GradientNorms(retain, forget, multiplier, update)
+
+
+def clip_factor(norm: Tensor, max_grad_norm: float | None) -> Tensor:
+    """What brings a gradient of ``norm ()`` down to ``max_grad_norm``; 1 where it is below, or for None."""
+    if max_grad_norm is None:
+        return torch.ones_like(norm)
+    return (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def effective_sample_size(weights: Tensor) -> Tensor:
+    """(Σw)²/Σw², 0 where all weights vanish."""
+    return weights.sum().square() / weights.square().sum().clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def pack(
+    draw: Draw,
+    terms: siss.SISSTerms,
+    norms: GradientNorms,
+    lambda_: Tensor,
+    parameter_sum: Tensor,
+    grid: Tensor,
+    *,
+    retain_coef: float,
+    forget_coef: float,
+    forget_scale: float,
+) -> Tensor:
+    """Everything that a step reports as one vector on its device, for one transfer; :func:`unpack` reads it.
+
+    ``parameter_sum ()`` is the sum of all parameters: not finite as soon as one of them is not.
+    """
+    coefs = {"retain_coef": retain_coef, "forget_coef": forget_coef}
+    slopes = siss.lambda_gradients(terms, draw.from_forget, lambda_, forget_scale=forget_scale, **coefs)
+    products = siss.output_gradient_products(terms, **coefs)
+    moment = siss.gradient_second_moment(terms, products, grid)
+    slopes["variance"] = siss.second_moment_slope(terms, products, norms.forget_multiplier)
+    w_r, w_f = terms.retain_weight, terms.forget_weight
+    negligible = torch.cat([w_r, w_f]) < NEGLIGIBLE_WEIGHT
+    scalars = [
+        terms.retain_loss, terms.forget_loss, terms.siss_loss,
+        norms.retain, norms.forget, norms.forget_multiplier, norms.update,
+        w_r.max(), w_f.max(), effective_sample_size(w_r), effective_sample_size(w_f),
+        negligible.float().mean(), draw.from_forget.float().mean(),
+    ]  # fmt: skip
+    return torch.cat([torch.stack([*scalars, *(slopes[name] for name in SLOPES), parameter_sum]), moment.flatten()])
+
+
+def unpack(values: NDArray[np.float64], lambda_: float, norms_age: int) -> StepTerms:
+    """The terms that :func:`pack` made a vector of."""
+    first, last = len(SCALARS), len(SCALARS) + len(SLOPES)
+    return StepTerms(
+        lambda_=lambda_,
+        **dict(zip(SCALARS, values[:first].tolist(), strict=True)),
+        norms_age=norms_age,
+        lambda_gradients=dict(zip(SLOPES, values[first:last].tolist(), strict=True)),
+        second_moment=values[last + 1 :].reshape(3, -1),
+        diverged=not bool(np.isfinite(values[: last + 1]).all()),
+    )
