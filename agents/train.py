@@ -5,9 +5,8 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -16,13 +15,13 @@ import tyro
 from stable_baselines3 import PPO
 from stable_baselines3 import __version__ as sb3_version
 from stable_baselines3.common.callbacks import CallbackList, CheckpointCallback, EvalCallback, ProgressBarCallback
-from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
 import unlearn_gym
 from agents.callbacks import UnlearnScalars
 from agents.config import load_config
 from unlearn_gym import ENV_ID
+from unlearn_gym.envs import SB3VecEnv, SISSUnlearnVectorEnv
 from unlearn_gym.errors import SettingsError, UnlearnGymError
 from unlearn_gym.files import sha256, write_json
 
@@ -31,23 +30,12 @@ FIRST_TRAINING_SEED = 1_000_000
 FIRST_VALIDATION_SEED = 2 * FIRST_TRAINING_SEED
 
 
-def make_env(task: str, options: dict[str, Any], threads: int) -> Callable[[], gym.Env[Any, Any]]:
-    """A picklable maker of one monitored environment whose actions are rescaled to [-1, 1]."""
-
-    def make() -> gym.Env[Any, Any]:
-        torch.set_num_threads(threads)
-        env = gym.make(f"unlearn_gym:{ENV_ID}", task=task, **options)
-        return Monitor(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
-
-    return make
-
-
-def make_vec_env(task: str, options: dict[str, Any], n_envs: int, seed: int, *, processes: bool) -> VecEnv:
-    """``n_envs`` environments of one thread each, in processes of their own or in this one."""
-    makers = [make_env(task, options, 1) for _ in range(n_envs)]
-    env: VecEnv = SubprocVecEnv(makers, start_method="forkserver") if processes else DummyVecEnv(makers)
-    env.seed(seed)
-    return env
+def make_vec_env(task: str, options: dict[str, Any], n_envs: int, seed: int) -> VecEnv:
+    """``n_envs`` monitored environments whose actions are rescaled to [-1, 1], in worker processes if more than one."""
+    env = gym.make_vec(f"unlearn_gym:{ENV_ID}", num_envs=n_envs, task=task, autoreset_mode="SameStep", **options)
+    adapted = VecMonitor(SB3VecEnv(cast("SISSUnlearnVectorEnv", env.unwrapped)))
+    adapted.seed(seed)
+    return adapted
 
 
 def train(
@@ -55,7 +43,9 @@ def train(
     reward: Annotated[str, tyro.conf.arg(help="'siss' (the paper's) or 'potential'")] = "siss",
     seed: int = 0,
     timesteps: Annotated[int | None, tyro.conf.arg(help="default: n_timesteps of the config")] = None,
-    n_envs: Annotated[int | None, tyro.conf.arg(help="worker processes; default: n_envs of the config")] = None,
+    n_envs: Annotated[
+        int | None, tyro.conf.arg(help="environments; default: n_envs of the config")
+    ] = None,
     config: Annotated[Path | None, tyro.conf.arg(help="default: configs/agents/ppo.yml")] = None,
     out: Annotated[Path | None, tyro.conf.arg(help="default: runs/agents/TASK-REWARD-SEED")] = None,
     eval_episodes: Annotated[int, tyro.conf.arg(help="episodes a validation, on held-out seeds")] = 5,
@@ -73,12 +63,12 @@ def train(
     if total < 1 or workers < 1:
         raise SettingsError(f"timesteps={total} and n_envs={workers} must be at least 1")
     options = {"reward": reward}
-    make_env(task, options, 1)().close()  # a bad task or option fails here, in one line
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
     first_seed = FIRST_TRAINING_SEED + seed * 1000
-    env = make_vec_env(task, options, workers, first_seed, processes=workers > 1)
-    validation = make_vec_env(task, options, 1, FIRST_VALIDATION_SEED, processes=workers > 1)
+    env = make_vec_env(task, options, workers, first_seed)
+    validation = make_vec_env(task, options, workers, FIRST_VALIDATION_SEED)
+    folder.mkdir(parents=True, exist_ok=True)
+    if workers > 1:
+        torch.set_num_threads(1)  # the cores are the workers'
     agent = PPO(
         env=env, seed=first_seed, tensorboard_log=str(folder / "tensorboard"), device="cpu", **settings.ppo_arguments()
     )  # fmt: skip

@@ -20,7 +20,11 @@ ENV_ID = "SISSUnlearn-v0"
 def register_envs() -> None:
     """Register the environment ids; calling it again changes nothing."""
     if ENV_ID not in gymnasium.registry:
-        gymnasium.register(id=ENV_ID, entry_point="unlearn_gym.envs.siss_unlearn:SISSUnlearnEnv")
+        gymnasium.register(
+            id=ENV_ID,
+            entry_point="unlearn_gym.envs.siss_unlearn:SISSUnlearnEnv",
+            vector_entry_point="unlearn_gym.envs.vector:SISSUnlearnVectorEnv",
+        )
 
 
 register_envs()

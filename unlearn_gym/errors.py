@@ -29,6 +29,10 @@ class ActionError(UnlearnGymError, ValueError):
     """An action that is not one finite λ within the range."""
 
 
+class WorkerError(UnlearnGymError, RuntimeError):
+    """Worker processes that cannot be started, or that die again and again."""
+
+
 class PolicyError(UnlearnGymError, ValueError):
     """A policy that does not exist, or an agent that does not fit the environment."""
 

@@ -50,6 +50,14 @@ class Snapshot:
     diverged: bool
 
 
+def make_optimizer(settings: RunSettings, vectors: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of one run, or of several: each of ``vectors (P,)`` holds all parameters of one."""
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(vectors, lr=settings.learning_rate, fused=True)
+    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+    return kind(vectors, lr=settings.learning_rate, weight_decay=0.0, fused=True)
+
+
 class UnlearningRun:
     """Model, optimizer, data streams and generators of one unlearning run.
 
@@ -85,15 +93,14 @@ class UnlearningRun:
         self._forget_views = self.flat.gradient_views(self.forget_grad)
         self.update_grad = torch.zeros_like(self.flat.vector.data)
         self._update_views = self.flat.gradient_views(self.update_grad)
-        self.flat.vector.grad = self.update_grad
-        self.optimizer = self._make_optimizer()
+        self.optimizer = make_optimizer(settings, [self.flat.vector])
         self.retain_coef, self.forget_coef = siss.dataset_factors(
             settings.dataset_factors, data.retain_size or len(data.retain), len(data.forget)
         )
         self._coefs = {"retain_coef": self.retain_coef, "forget_coef": self.forget_coef}
         self.generator = torch.Generator(device)
         self.measure_generator = torch.Generator(device)
-        self._grid = torch.tensor(SECOND_MOMENT_GRID, dtype=torch.float32, device=device)
+        self.grid = torch.tensor(SECOND_MOMENT_GRID, dtype=torch.float32, device=device)
         self._splits = settings.skip_zero_weights and self.generator.device.type == "cpu"  # elsewhere it would wait
         self._known_norms = (torch.zeros((), device=device),) * 2
         self._norms_age = 0
@@ -106,13 +113,6 @@ class UnlearningRun:
         """Copies and pickles are built anew: parameters that are views of one vector must stay so."""
         arguments = (copy.deepcopy(self.model), self.data, self.alphas_cumprod, self.settings)
         return _rebuild, (arguments, self.snapshot())
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        s, parameters = self.settings, [self.flat.vector]
-        if s.optimizer == "sgd":
-            return torch.optim.SGD(parameters, lr=s.learning_rate, fused=True)
-        kind = torch.optim.AdamW if s.optimizer == "adamw" else torch.optim.Adam
-        return kind(parameters, lr=s.learning_rate, weight_decay=0.0, fused=True)
 
     def seed(self, seed: int) -> None:
         """Start both streams anew from ``seed``, an integer in 0..2³²-1."""
@@ -140,7 +140,9 @@ class UnlearningRun:
         else:
             terms, norms = self._combined_gradient(draw)
             self.update_grad.mul_(clip_factor(norms.update, self.settings.max_grad_norm))
+        self.flat.vector.grad = self.update_grad
         self.optimizer.step()
+        self.flat.vector.grad = None  # an optimizer that runs share steps those that have a gradient
         self.updates += 1
         return self._report(lambda_, value, draw, terms, norms, self._norms_age)
 
@@ -252,7 +254,7 @@ class UnlearningRun:
         """Everything the step measured, brought over from the device in one transfer."""
         scale = self.settings.forget_scale
         packed = pack(
-            draw, terms, norms, value, self.flat.vector.sum(), self._grid, forget_scale=scale, **self._coefs
+            draw, terms, norms, value, self.flat.vector.sum(), self.grid, forget_scale=scale, **self._coefs
         )  # fmt: skip
         step_terms = unpack(packed.double().cpu().numpy(), lambda_, norms_age)
         self.diverged = step_terms.diverged

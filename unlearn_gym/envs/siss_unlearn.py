@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
+from torch import Tensor
 
 from unlearn_gym.errors import ActionError, SettingsError
 from unlearn_gym.run import Snapshot, UnlearningRun
@@ -18,6 +19,20 @@ from unlearn_gym.tasks import get_task, load_data
 
 FEATURE_CLIP = 5.0
 ACTION_TOLERANCE = 1e-6
+
+
+def parse_action(action: Any, lambda_min: float, lambda_max: float) -> float:
+    """The one λ in ``action``, a number or an array of one; raises :class:`ActionError`."""
+    try:
+        values = np.asarray(action, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ActionError(f"action {action!r} is not a number; give one λ") from None
+    if values.size != 1 or values.ndim > 1:
+        raise ActionError(f"action has shape {values.shape}; give one λ, as a number or an array of shape (1,)")
+    lambda_ = float(values.reshape(()))
+    if not lambda_min - ACTION_TOLERANCE <= lambda_ <= lambda_max + ACTION_TOLERANCE:
+        raise ActionError(f"λ={lambda_} must lie in [{lambda_min}, {lambda_max}]")
+    return min(max(lambda_, lambda_min), lambda_max)
 
 
 class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
@@ -154,34 +169,37 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         self, action: NDArray[np.float32] | float
     ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """One optimizer update at λ = ``action``; raises :class:`ActionError` before anything changes."""
-        lambda_ = self._validate(action)
-        terms = self.run.update(lambda_)
+        return self.advance(self.run.update(self.validate(action)))
+
+    def advance(self, terms: StepTerms) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """What :meth:`step` returns, for an update that the run has made already."""
         before, self._potential = self._potential, self._current_potential(terms)
         if not np.isfinite(self._potential):
             self.run.diverged = True
             terms = replace(terms, diverged=True)
         reward_terms = self._reward_terms(terms, before)
-        self._lambda = lambda_
+        self._lambda = terms.lambda_
         self.history.append(terms)
         if not terms.diverged:
             self._observe(terms)
         terminated = terms.diverged or self.run.updates >= self.settings.horizon
         return self._observation(), sum(reward_terms.values()), terminated, False, self._info(terms, reward_terms)
 
-    def _validate(self, action: NDArray[np.float32] | float) -> float:
-        s = self.settings
-        try:
-            values = np.asarray(action, dtype=np.float64)
-        except (TypeError, ValueError):
-            raise ActionError(f"action {action!r} is not a number; give one λ") from None
-        if values.size != 1 or values.ndim > 1:
-            raise ActionError(f"action has shape {values.shape}; give one λ, as a number or an array of shape (1,)")
-        lambda_ = float(values.reshape(()))
-        if not s.lambda_min - ACTION_TOLERANCE <= lambda_ <= s.lambda_max + ACTION_TOLERANCE:
-            raise ActionError(f"λ={lambda_} must lie in [{s.lambda_min}, {s.lambda_max}]")
-        if self.run.updates >= s.horizon or self.run.diverged:
+    def validate(self, action: NDArray[np.float32] | float) -> float:
+        """The λ that ``action`` names; raises :class:`ActionError`, or ``ResetNeeded`` after the end."""
+        lambda_ = parse_action(action, self.settings.lambda_min, self.settings.lambda_max)
+        if self.run.updates >= self.settings.horizon or self.run.diverged:
             raise gym.error.ResetNeeded("the episode has ended; call reset() before the next step")
-        return min(max(lambda_, s.lambda_min), s.lambda_max)
+        return lambda_
+
+    @property
+    def start_vector(self) -> Tensor:
+        """The pretrained parameters ``(P,)`` that :meth:`reset` restores, on the CPU as a rule."""
+        return self._start.vector
+
+    @start_vector.setter
+    def start_vector(self, vector: Tensor) -> None:
+        self._start = replace(self._start, vector=vector)
 
     def _observe(self, terms: StepTerms) -> None:
         """Keep the features that the next observation shows."""

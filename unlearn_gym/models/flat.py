@@ -35,6 +35,13 @@ class FlatParameters:
                 view.copy_(parameter)
                 parameter.data = view
 
+    def move_to(self, storage: Tensor) -> None:
+        """Keep the parameters in ``storage (P,)`` from now on, with the values that they have."""
+        storage.copy_(self.vector.data)
+        self.vector.data = storage
+        for parameter, view in zip(self.parameters, self.gradient_views(storage), strict=True):
+            parameter.data = view
+
     def gradient_views(self, vector: Tensor) -> list[Tensor]:
         """Views of ``vector (P,)`` with the parameters' shapes and strides."""
         views, start = [], 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from unlearn_gym.errors import DataError
+from unlearn_gym.models.weights import read_tensors, save_weights
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,22 @@ class TaskData:
                 raise DataError(f"{name}_labels: give labels for all sets or for none")
             if labels is not None and labels.shape != (len(samples),):
                 raise DataError(f"{name}_labels has shape {tuple(labels.shape)}, needs ({len(samples)},)")
+
+    def save(self, path: Path, **more: Tensor) -> None:
+        """Write everything, and ``more`` tensors, to a safetensors file that other processes can map."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.retain_size is not None:
+            values["retain_size"] = torch.tensor(self.retain_size)
+        save_weights(path, {k: v for k, v in (values | more).items() if v is not None})
+
+    @classmethod
+    def load(cls, path: Path) -> tuple[Self, dict[str, Tensor]]:
+        """What :meth:`save` wrote, data and ``more``, mapped into memory: processes share one copy."""
+        tensors = read_tensors(path)
+        values: dict[str, Any] = {f.name: tensors.pop(f.name, None) for f in fields(cls)}
+        if values["retain_size"] is not None:
+            values["retain_size"] = int(values["retain_size"])
+        return cls(**values), tensors
 
     def to(self, device: str | torch.device) -> Self:
         """The same data on ``device``."""

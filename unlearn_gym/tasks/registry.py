@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -136,11 +136,17 @@ def resolve_data_root(data_root: str | os.PathLike[str] | None) -> Path | None:
     return None if chosen is None else Path(chosen)
 
 
-@lru_cache(maxsize=4)
-def _cached_data(task: Task, root: Path | None, download: bool) -> TaskData:
-    return task.load_data(root, download)
+_DATA: dict[tuple[Task, Path | None], TaskData] = {}
 
 
 def load_data(task: Task, data_root: str | os.PathLike[str] | None = None, *, download: bool = False) -> TaskData:
     """The task's sets, read once per process; raises ``DataError`` with the remedy."""
-    return _cached_data(task, resolve_data_root(data_root), download)
+    root = resolve_data_root(data_root)
+    if (task, root) not in _DATA:
+        _DATA[task, root] = task.load_data(root, download)
+    return _DATA[task, root]
+
+
+def provide_data(task: Task, data_root: str | os.PathLike[str] | None, data: TaskData) -> None:
+    """Let :func:`load_data` of this process return ``data``, which another process has read."""
+    _DATA[task, resolve_data_root(data_root)] = data

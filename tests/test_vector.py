@@ -1,0 +1,443 @@
+"""Vector environments against single ones, workers that die, and the adapter for stable-baselines3."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode
+from stable_baselines3 import PPO
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
+
+import unlearn_gym
+from unlearn_gym.envs import SB3VecEnv, SISSUnlearnEnv, SISSUnlearnVectorEnv
+from unlearn_gym.errors import ActionError, RunError, SettingsError, TaskError, WorkerError
+from unlearn_gym.stacked import StackedRuns
+from unlearn_gym.tasks import get_task, register_task
+
+N = 3
+
+
+@pytest.fixture
+def make_vec():
+    made = []
+
+    def make(task: str = "gaussians-2d", num_envs: int = N, **options) -> SISSUnlearnVectorEnv:
+        made.append(gym.make_vec(unlearn_gym.ENV_ID, num_envs=num_envs, task=task, **options).unwrapped)
+        return made[-1]
+
+    yield make
+    for env in made:
+        env.close()
+
+
+def actions(step: int, n: int = N) -> np.ndarray:
+    return (0.1 + 0.8 * ((np.arange(n) * 0.37 + step * 0.23) % 1)).reshape(n, 1)
+
+
+def single_rows(task: str, seed: int, index: int, steps: int, n: int = N, **options) -> list[np.ndarray]:
+    """What environment ``index`` shows over ``steps`` steps of NEXT_STEP autoreset, from a single environment."""
+    env = SISSUnlearnEnv(task, **options)
+    rows, due = [np.array([*env.reset(seed=seed + index)[0], 0, 0, 0])], False
+    for step in range(steps):
+        if due:
+            obs, due = env.reset()[0], False
+            rows.append(np.array([*obs, 0, 0, 0]))
+        else:
+            obs, reward, due, _, info = env.step(actions(step, n)[index])
+            rows.append(np.array([*obs, reward, due, info["terms"]["update_norm"]]))
+    return rows
+
+
+def vector_rows(env: SISSUnlearnVectorEnv, seed: int, steps: int) -> list[np.ndarray]:
+    obs, _ = env.reset(seed=seed)
+    rows = [np.column_stack([obs, np.zeros((env.num_envs, 3))])]
+    for step in range(steps):
+        obs, reward, terminated, _, info = env.step(actions(step, env.num_envs))
+        norm = np.where(reward == 0, 0, info["terms"]["update_norm"])
+        rows.append(np.column_stack([obs, reward, terminated, norm]))
+    return rows
+
+
+def test_the_environment_id_picks_it(make_vec):
+    env = make_vec()
+    assert isinstance(env, SISSUnlearnVectorEnv)
+    assert env.backend == "processes"
+    assert make_vec(num_envs=1).backend == "serial"
+    assert env.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
+    assert env.observation_space.shape == (N, 6)
+    assert env.action_space.shape == (N, 1)
+    obs, _ = env.reset(seed=0)
+    assert env.observation_space.contains(obs)
+
+
+@pytest.mark.parametrize("task", ["gaussians-2d", "mnist-trousers"])
+@pytest.mark.parametrize("backend", ["processes", "serial"])
+def test_a_vector_environment_is_single_ones_bit_for_bit(make_vec, task, backend):
+    workers = {"num_workers": 2} if backend == "processes" else {}
+    found = vector_rows(make_vec(task, backend=backend, horizon=2, **workers), 5, 7)
+    for i in range(N):
+        for row, expected in zip(found, single_rows(task, 5, i, 7, horizon=2), strict=True):
+            np.testing.assert_array_equal(row[i], expected)
+
+
+@pytest.mark.parametrize("task", ["gaussians-2d", "mnist-trousers"])
+@pytest.mark.parametrize("options", [{}, {"forget_grad_rule": "loss", "optimizer": "sgd"}, {"reward": "potential"}])
+def test_stacked_runs_are_single_ones_up_to_rounding(make_vec, task, options):
+    found = vector_rows(make_vec(task, backend="stacked", horizon=2, **options), 5, 7)
+    for i in range(N):
+        for row, expected in zip(found, single_rows(task, 5, i, 7, horizon=2, **options), strict=True):
+            np.testing.assert_allclose(row[i], expected, rtol=2e-3, atol=2e-3)
+
+
+def test_stacked_runs_leave_the_others_alone(make_run):
+    runs = [make_run(seed=i) for i in range(3)]
+    stack = StackedRuns(runs)
+    before, states = runs[1].flat.vector.detach().clone(), [run.generator.get_state() for run in runs]
+    stack.update({0: 0.2, 2: 0.6})
+    assert (before == runs[1].flat.vector).all()
+    assert [(s == run.generator.get_state()).all().item() for s, run in zip(states, runs, strict=True)] == [0, 1, 0]
+    assert [run.updates for run in runs] == [1, 0, 1]
+    single = make_run(seed=1)
+    np.testing.assert_equal(runs[1].update(0.5).as_dict(), single.update(0.5).as_dict())
+    assert (runs[1].flat.vector == single.flat.vector).all()
+
+
+def test_stacked_runs_refuse_what_they_cannot_do(make_run):
+    with pytest.raises(RunError, match="grad_norms='every:2' cannot be"):
+        StackedRuns([make_run(forget_grad_rule="loss", grad_norms="every:2")])
+    runs = [make_run(seed=i) for i in range(2)]
+    runs[0].model.forward = lambda x, t, labels: x * float(x.sum() > 0)
+    with pytest.raises(RunError, match="use backend='processes'"):
+        StackedRuns(runs).update({0: 0.5, 1: 0.5})
+
+
+@pytest.mark.parametrize("backend", ["processes", "stacked"])
+def test_same_step_autoreset_gives_the_final_observation_and_info(make_vec, backend):
+    env = make_vec(backend=backend, horizon=2, autoreset_mode="SameStep")
+    next_step = make_vec(backend=backend, horizon=2)
+    for one in (env, next_step):
+        one.reset(seed=1)
+    env.step(actions(0))
+    next_step.step(actions(0))
+    obs, reward, terminated, truncated, info = env.step(actions(1))
+    last, last_reward, _, _, last_info = next_step.step(actions(1))
+    assert terminated.all()
+    assert not truncated.any()
+    np.testing.assert_array_equal(np.stack(info["final_obs"]), last)
+    np.testing.assert_array_equal(reward, last_reward)
+    np.testing.assert_equal(info["final_info"]["terms"], last_info["terms"])
+    fresh, zero, terminated, _, fresh_info = next_step.step(actions(2))
+    assert not terminated.any()
+    assert not zero.any()
+    np.testing.assert_array_equal(obs, fresh)
+    np.testing.assert_equal(info["terms"], fresh_info["terms"])
+
+
+@pytest.mark.parametrize("backend", ["processes", "serial"])
+def test_without_autoreset_a_mask_says_which_begin_anew(make_vec, backend):
+    env = make_vec(backend=backend, horizon=1, autoreset_mode=AutoresetMode.DISABLED)
+    start, _ = env.reset(seed=1)
+    last, _, terminated, _, _ = env.step(actions(0))
+    assert terminated.all()
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step(actions(1))
+    mask = np.array([False, True, False])
+    obs, info = env.reset(seed=1, options={"reset_mask": mask})
+    np.testing.assert_array_equal(obs, np.where(mask[:, None], start, last))
+    np.testing.assert_array_equal(info["_terms"], mask)
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step(actions(1))
+
+
+def kill_worker(env: SISSUnlearnVectorEnv, number: int) -> None:
+    process = env.envs.workers[number].process
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_a_worker_that_dies_is_replaced_and_the_others_go_on(make_vec, mode):
+    env, whole = (make_vec(num_workers=3, horizon=9, autoreset_mode=mode) for _ in range(2))
+    for one in (env, whole):
+        one.reset(seed=3)
+    before = env.step(actions(0))[0]
+    whole.step(actions(0))
+    kill_worker(env, 1)
+    with pytest.warns(UserWarning, match="worker 1 died: killed by SIGKILL .*; environments 1 begin new episodes"):
+        obs, reward, terminated, truncated, info = env.step(actions(1))
+    expected = whole.step(actions(1))
+    np.testing.assert_array_equal(truncated, [False, True, False])
+    assert not terminated.any()
+    assert reward[1] == 0
+    last = info["final_obs"][1] if mode is AutoresetMode.SAME_STEP else obs[1]
+    np.testing.assert_array_equal(last, before[1])
+    died = info["final_info"] if mode is AutoresetMode.SAME_STEP else info
+    assert "SIGKILL" in died["worker_died"][1]
+    others = [0, 2]
+    np.testing.assert_array_equal(obs[others], expected[0][others])
+    if mode is AutoresetMode.DISABLED:
+        env.reset(options={"reset_mask": np.array([False, True, False])})
+    for step in range(2, 5):
+        found, expected = env.step(actions(step)), whole.step(actions(step))
+        for a, b in zip(found[:4], expected[:4], strict=True):
+            np.testing.assert_array_equal(a[others], b[others])
+    progress = found[0][1, 5] * 9
+    assert progress == pytest.approx(3 if mode is not AutoresetMode.NEXT_STEP else 2)
+
+
+def test_a_worker_that_dies_before_a_reset_loses_nothing(make_vec):
+    env = make_vec(num_workers=2)
+    expected, _ = env.reset(seed=3)
+    kill_worker(env, 0)
+    with pytest.warns(UserWarning, match="worker 0 died"):
+        found, _ = env.reset(seed=3)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_worker_that_dies_again_and_again_is_an_error(make_vec):
+    env = make_vec(num_workers=2)
+    env.reset(seed=0)
+    for _ in range(2):
+        kill_worker(env, 1)
+        with pytest.warns(UserWarning, match="worker 1 died"):
+            env.step(actions(0))
+    kill_worker(env, 1)
+    with pytest.raises(WorkerError, match=r"worker 1 \(environments .*\) died 3 times in a row"):
+        env.step(actions(0))
+
+
+def test_a_dead_worker_is_named_where_nothing_can_replace_its_answer(make_vec):
+    env = make_vec(num_workers=2)
+    env.reset(seed=0)
+    kill_worker(env, 1)
+    with pytest.raises(WorkerError, match="worker 1 died: killed by SIGKILL"):
+        env.get_attr("history")
+
+
+@pytest.mark.parametrize("backend", ["stacked", "serial"])
+def test_an_environment_that_diverges_is_reported_and_the_others_go_on(make_vec, backend):
+    env, whole = (make_vec(backend=backend) for _ in range(2))
+    for one in (env, whole):
+        one.reset(seed=3)
+    env.envs.envs[1].run.flat.vector.data.fill_(float("nan"))
+    obs, reward, terminated, _, info = env.step(actions(0))
+    expected = whole.step(actions(0))
+    np.testing.assert_array_equal(terminated, [False, True, False])
+    np.testing.assert_array_equal(info["diverged"], [False, True, False])
+    assert reward[1] == -10
+    assert np.isfinite(obs).all()
+    np.testing.assert_array_equal(obs[[0, 2]], expected[0][[0, 2]])
+    found, expected = env.step(actions(1)), whole.step(actions(1))
+    np.testing.assert_array_equal(found[0][[0, 2]], expected[0][[0, 2]])
+    assert not env.step(actions(2))[2].any()
+
+
+def test_divergence_in_workers_begins_a_new_episode(make_vec):
+    env = make_vec(optimizer="sgd", learning_rate=1e30, max_grad_norm=None, autoreset_mode="SameStep")
+    env.reset(seed=0)
+    for step in range(20):
+        obs, _, terminated, _, info = env.step(actions(step))
+        if terminated.any():
+            break
+    first = int(np.flatnonzero(terminated)[0])
+    assert info["final_info"]["diverged"][first]
+    assert obs[first, 5] == 0
+
+
+@pytest.mark.parametrize("backend", ["processes", "stacked", "serial"])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([[0.5], [2.0], [0.5]], r"environment 1: λ=2.0 must lie in \[0.1, 0.9\]"),
+        ([[0.5], [0.5], [np.nan]], "environment 2: λ=nan"),
+        ([[0.5], [0.5]], r"actions of shape \(2, 1\); give one λ for each of 3"),
+        (0.5, "give one λ for each"),
+    ],
+)
+def test_a_bad_action_is_named_before_anything_steps(make_vec, backend, bad, message):
+    env, whole = (make_vec(backend=backend) for _ in range(2))
+    for one in (env, whole):
+        one.reset(seed=3)
+    with pytest.raises(ActionError, match=message):
+        env.step(np.array(bad) if bad != 0.5 else bad)
+    np.testing.assert_array_equal(env.step(actions(0))[0], whole.step(actions(0))[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_envs": 0}, SettingsError, "num_envs=0"),
+        ({"backend": "threads"}, SettingsError, "backend='threads' must be one of"),
+        ({"num_workers": 4}, SettingsError, r"num_workers=4 must lie in 1..num_envs=3"),
+        ({"autoreset_mode": "never"}, SettingsError, "autoreset_mode='never' must be one of 'NextStep'"),
+        ({"horizont": 3}, SettingsError, "did you mean 'horizon'"),
+        ({"task": "gaussian-2d"}, TaskError, "did you mean 'gaussians-2d'"),
+    ],
+)
+def test_bad_arguments_are_named(make_vec, options, error, message):
+    with pytest.raises(error, match=message):
+        make_vec(**options)
+
+
+def test_bad_resets_are_named(make_vec):
+    env = make_vec()
+    with pytest.raises(SettingsError, match="2 seeds for 3 environments"):
+        env.reset(seed=[1, 2])
+    with pytest.raises(SettingsError, match="reset_mask"):
+        env.reset(options={"reset_mask": np.array([1, 0, 1])})
+    with pytest.raises(SettingsError, match="unknown reset options"):
+        env.reset(options={"instance": 3})
+    assert env.reset(seed=[4, None, 6])[0].shape == (N, 6)
+
+
+def test_a_closed_environment_says_so(make_vec):
+    env = make_vec()
+    env.reset(seed=0)
+    processes = [worker.process for worker in env.envs.workers]
+    folder = Path(env.envs._folder.name)
+    assert (folder / "shared.safetensors").is_file()
+    env.close()
+    env.close()
+    assert not any(process.is_alive() for process in processes)
+    assert not folder.exists()
+    with pytest.raises(gym.error.ClosedEnvironmentError):
+        env.step(actions(0))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_workers_map_one_copy_of_data_and_start_weights(make_vec):
+    env = make_vec("mnist-trousers", num_workers=2)
+    shared = [Path(f"/proc/{w.process.pid}/maps").read_text().count("shared.safetensors") for w in env.envs.workers]
+    assert min(shared) > 0
+
+
+def test_attributes_of_all_environments(make_vec):
+    env = make_vec(num_workers=2)
+    env.reset(seed=0)
+    env.step(actions(0))
+    assert [len(history) for history in env.get_attr("history")] == [1, 1, 1]
+    env.set_attr("marked", ["a", "b", "c"])
+    assert env.get_attr("marked") == ("a", "b", "c")
+    env.set_attr("marked", 1)
+    assert env.get_attr("marked") == (1, 1, 1)
+    with pytest.raises(WorkerError, match=r"AttributeError.*'nothing'"):
+        env.get_attr("nothing")
+    with pytest.raises(SettingsError, match="2 values for 3"):
+        env.set_attr("marked", [1, 2])
+    assert make_vec(render_mode="rgb_array", num_envs=2).render()[1].shape == (540, 960, 3)
+
+
+def test_a_task_of_the_users_own_works_in_workers(make_vec):
+    task = dataclasses.replace(get_task("gaussians-2d"), name="mine")
+    register_task(dataclasses.replace(task, load_data=lambda root, download: task.load_data(root, download)))
+    found, _ = make_vec("mine").reset(seed=0)
+    np.testing.assert_array_equal(found, make_vec(backend="serial").reset(seed=0)[0])
+
+
+SCRIPT = """
+import gymnasium as gym, numpy as np, unlearn_gym
+env = gym.make_vec("SISSUnlearn-v0", num_envs=2, task="gaussians-2d")
+env.reset(seed=0)
+print("pids", *(worker.process.pid for worker in env.unwrapped.envs.workers), flush=True)
+for _ in range({steps}):
+    env.step(np.full((2, 1), 0.5))
+env.close()
+print("done")
+"""
+
+
+def test_a_script_needs_no_main_guard(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT.format(steps=3))
+    done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[1] == "done"
+    assert done.stderr == ""
+
+
+def test_workers_end_with_the_process_that_made_them(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT.format(steps=10**9))
+    parent = subprocess.Popen([sys.executable, "script.py"], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert parent.stdout is not None
+    pids = [int(pid) for pid in parent.stdout.readline().split()[1:]]
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 20
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_sb3_sees_what_it_sees_of_single_environments(make_vec):
+    def single():
+        env = gym.make(unlearn_gym.ENV_ID, task="gaussians-2d", horizon=3)
+        return Monitor(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
+
+    ours = VecMonitor(SB3VecEnv(make_vec(horizon=3, autoreset_mode="SameStep")))
+    theirs = DummyVecEnv([single] * N)
+    assert ours.action_space == theirs.action_space
+    assert ours.observation_space == theirs.observation_space
+    for env in (ours, theirs):
+        env.seed(7)
+    np.testing.assert_array_equal(ours.reset(), theirs.reset())
+    for step in range(7):
+        chosen = (actions(step) * 2 - 1).astype(np.float32)
+        (obs, reward, done, infos), expected = ours.step(chosen), theirs.step(chosen)
+        np.testing.assert_allclose(obs, expected[0], atol=1e-5)
+        np.testing.assert_allclose(reward, expected[1], rtol=1e-5)
+        np.testing.assert_array_equal(done, expected[2])
+        for info, other in zip(infos, expected[3], strict=True):
+            assert info.keys() - {"TimeLimit.truncated"} == other.keys() - {"TimeLimit.truncated"}
+            np.testing.assert_equal(info["diverged"], other["diverged"])
+            if "terminal_observation" in other:
+                np.testing.assert_allclose(info["terminal_observation"], other["terminal_observation"], atol=1e-5)
+                assert info["TimeLimit.truncated"] is other["TimeLimit.truncated"] is False
+                assert info["episode"]["r"] == pytest.approx(other["episode"]["r"], abs=1e-4)
+        for info, other in zip(ours.venv.reset_infos, theirs.reset_infos, strict=True):
+            assert info.keys() == other.keys()
+
+
+def test_sb3_takes_the_end_of_a_dead_workers_episode_for_a_truncation(make_vec):
+    env = make_vec(num_workers=3, autoreset_mode="SameStep")
+    adapted = SB3VecEnv(env)
+    adapted.reset()
+    kill_worker(env, 0)
+    with pytest.warns(UserWarning, match="worker 0 died"):
+        _, _, done, infos = adapted.step(np.zeros((N, 1), np.float32))
+    np.testing.assert_array_equal(done, [True, False, False])
+    assert infos[0]["TimeLimit.truncated"] is True
+    assert infos[0]["terminal_observation"].shape == (6,)
+
+
+def test_ppo_learns_on_it(make_vec):
+    env = VecMonitor(SB3VecEnv(make_vec(num_envs=2, horizon=5, autoreset_mode="SameStep")))
+    agent = PPO("MlpPolicy", env, n_steps=10, batch_size=10, n_epochs=1, seed=0, device="cpu").learn(20)
+    assert agent.num_timesteps == 20
+    assert len(agent.ep_info_buffer) == 4
+    assert env.get_attr("render_mode") == [None, None]
+    assert env.env_is_wrapped(Monitor) == [False, False]
+    env.set_attr("marked", 3)
+    assert env.get_attr("marked", [1]) == [3]
+
+
+def test_sb3_refuses_another_autoreset_mode(make_vec):
+    with pytest.raises(SettingsError, match="needs autoreset_mode='SameStep', not 'NextStep'"):
+        SB3VecEnv(make_vec())

@@ -1,0 +1,93 @@
+"""Environments of one process, stepped together: what a vector environment's backends are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+
+from unlearn_gym.envs.siss_unlearn import SISSUnlearnEnv
+from unlearn_gym.stacked import StackedRuns
+
+Reset = tuple[NDArray[np.float32], dict[str, Any]]
+
+
+class Outcome(NamedTuple):
+    """What one environment's step returns, autoreset included."""
+
+    obs: NDArray[np.float32]
+    reward: float
+    terminated: bool
+    truncated: bool
+    info: dict[str, Any]
+
+
+def finished(outcome: Outcome, fresh: Reset) -> Outcome:
+    """The outcome of an episode's last step where the next one begins at once: gymnasium's SAME_STEP."""
+    obs, info = fresh
+    return outcome._replace(obs=obs, info={**info, "final_obs": outcome.obs, "final_info": outcome.info})
+
+
+class EnvGroup:
+    """Environments that share one start, with gymnasium's autoreset; ``stacked`` evaluates their networks as one."""
+
+    def __init__(self, envs: Sequence[SISSUnlearnEnv], mode: AutoresetMode, *, stacked: bool = False) -> None:
+        self.envs, self.mode = list(envs), mode
+        for env in self.envs[1:]:
+            env.start_vector = self.envs[0].start_vector
+        self.stack = StackedRuns([env.run for env in self.envs]) if stacked else None
+        self.due = [False] * len(self.envs)
+        """Which environments begin an episode at their next step, whatever the action (NEXT_STEP only)."""
+
+    def reset(self, seeds: Mapping[int, int | None], options: dict[str, Any] | None = None) -> dict[int, Reset]:
+        """Begin an episode in each environment that ``seeds`` names by its index."""
+        found = {i: self.envs[i].reset(seed=seed, options=options) for i, seed in seeds.items()}
+        for i in found:
+            self.due[i] = False
+        return found
+
+    def begin_at_next_step(self) -> None:
+        """Take every environment's episode for ended."""
+        self.due = [True] * len(self.envs)
+
+    def step(self, lambdas: Sequence[float]) -> list[Outcome]:
+        """One step of every environment; one whose episode ended begins the next one as ``mode`` has it."""
+        going = {i: lambda_ for i, lambda_ in enumerate(lambdas) if not self.due[i]}
+        stepped = self._step(going)
+        return [self._autoreset(i, stepped.get(i)) for i in range(len(self.envs))]
+
+    def _step(self, lambdas: Mapping[int, float]) -> dict[int, Outcome]:
+        if self.stack is None or not lambdas:
+            return {i: Outcome(*self.envs[i].step(lambda_)) for i, lambda_ in lambdas.items()}
+        values = {i: self.envs[i].validate(lambda_) for i, lambda_ in lambdas.items()}
+        terms = self.stack.update(values)
+        return {i: Outcome(*self.envs[i].advance(terms[i])) for i in values}
+
+    def _autoreset(self, i: int, outcome: Outcome | None) -> Outcome:
+        if outcome is None:
+            obs, info = self.envs[i].reset()
+            self.due[i] = False
+            return Outcome(obs, 0.0, False, False, info)
+        if outcome.terminated or outcome.truncated:
+            if self.mode is AutoresetMode.SAME_STEP:
+                return finished(outcome, self.envs[i].reset())
+            self.due[i] = self.mode is AutoresetMode.NEXT_STEP
+        return outcome
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """The attribute ``name`` of each environment, called with the arguments where it can be called."""
+        found = [getattr(env, name) for env in self.envs]
+        return [value(*args, **kwargs) if callable(value) else value for value in found]
+
+    def set_attr(self, name: str, values: Sequence[Any]) -> None:
+        """Set the attribute ``name`` of each environment to its value."""
+        for env, value in zip(self.envs, values, strict=True):
+            setattr(env, name, value)
+
+    def close(self) -> None:
+        """Close every environment."""
+        for env in self.envs:
+            env.close()

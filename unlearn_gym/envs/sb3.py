@@ -1,0 +1,88 @@
+"""The vector environment as stable-baselines3 wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import VecEnv
+
+from unlearn_gym.envs.vector import SISSUnlearnVectorEnv
+from unlearn_gym.errors import SettingsError
+
+
+class SB3VecEnv(VecEnv):
+    """A :class:`SISSUnlearnVectorEnv` with ``autoreset_mode="SameStep"`` as an SB3 ``VecEnv``.
+
+    With ``rescale_actions`` (default) agents act in [-1, 1], mapped linearly to [lambda_min, lambda_max].
+    Wrap it in SB3's ``VecMonitor`` for episode statistics. Raises ``SettingsError`` for another autoreset mode.
+    """
+
+    def __init__(self, env: SISSUnlearnVectorEnv, *, rescale_actions: bool = True) -> None:
+        mode = env.metadata["autoreset_mode"]
+        if mode is not AutoresetMode.SAME_STEP:
+            raise SettingsError(f"stable-baselines3 needs autoreset_mode='SameStep', not {mode.value!r}")
+        self.env, self.rescale_actions = env, rescale_actions
+        own = env.single_action_space
+        action_space = spaces.Box(-1.0, 1.0, own.shape, np.float32) if rescale_actions else own
+        super().__init__(env.num_envs, env.single_observation_space, action_space)
+        self.render_mode = env.render_mode
+        self._actions: NDArray[np.float64] = np.zeros((env.num_envs, 1))
+
+    def reset(self) -> NDArray[np.float32]:
+        """Begin an episode in every environment, with the seeds of the last :meth:`seed`."""
+        obs, self.reset_infos = self.env.reset_list(seed=self._seeds)
+        self._reset_seeds()
+        return obs
+
+    def step_async(self, actions: NDArray[Any]) -> None:
+        """Keep the actions ``(N, 1)`` for :meth:`step_wait`."""
+        values = np.asarray(actions, dtype=np.float64)
+        if self.rescale_actions:
+            low, high = self.env.settings.lambda_min, self.env.settings.lambda_max
+            values = low + (values + 1.0) / 2.0 * (high - low)
+        self._actions = values
+
+    def step_wait(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
+        """One step of every environment; those that ended have ``terminal_observation`` in their info."""
+        obs, rewards, terminated, truncated, infos = self.env.step_list(self._actions)
+        dones = terminated | truncated
+        for i in np.flatnonzero(dones):
+            self.reset_infos[i] = infos[i]
+            infos[i] = {
+                **self.reset_infos[i].pop("final_info"),
+                "terminal_observation": self.reset_infos[i].pop("final_obs"),
+                "TimeLimit.truncated": bool(truncated[i] and not terminated[i]),
+            }
+        return obs, rewards.astype(np.float32), dones, infos
+
+    def close(self) -> None:
+        """End the workers."""
+        self.env.close()
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """An attribute of the environments named by ``indices`` (None: all)."""
+        return self.env_method(attr_name, indices=indices)
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        """Set an attribute of every environment; ``indices`` must be None."""
+        if indices is not None:
+            raise SettingsError(f"indices={indices}: attributes are set on all environments at once")
+        self.env.set_attr(attr_name, [value] * self.num_envs)
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        """Call a method of every environment; the results of those named by ``indices``."""
+        found = self.env.call(method_name, *args, **kwargs)
+        return [found[i] for i in self._get_indices(indices)]
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+        """No environment is wrapped."""
+        return [False for _ in self._get_indices(indices)]
+
+    def get_images(self) -> Sequence[NDArray[np.uint8] | None]:
+        """A frame of every environment."""
+        return list(self.env.render())

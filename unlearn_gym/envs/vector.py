@@ -1,0 +1,210 @@
+"""Many unlearning runs at once: ``gym.make_vec("SISSUnlearn-v0", num_envs=N)``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import joblib
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from unlearn_gym.envs.group import EnvGroup
+from unlearn_gym.envs.siss_unlearn import SISSUnlearnEnv, parse_action
+from unlearn_gym.envs.workers import WorkerPool
+from unlearn_gym.errors import ActionError, SettingsError
+from unlearn_gym.tasks import resolve_data_root
+
+BACKENDS = ("auto", "processes", "stacked", "serial")
+
+Array = NDArray[Any]
+
+
+class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], Array]):
+    """``num_envs`` copies of :class:`SISSUnlearnEnv`, each a live run of its own.
+
+    ``reset(seed=s)`` gives environment i the seed s + i (or pass a list); each then runs the episodes that a
+    single environment of that seed runs, bit for bit under ``backend="processes"`` and ``"serial"`` on a CPU
+    with equal torch threads, and up to rounding under ``"stacked"``.
+
+    ## Arguments
+    Those of :class:`SISSUnlearnEnv`, and:
+
+    ``backend``: ``"processes"``: worker processes, one for each core or less, which share out the environments
+    and the cores; ``"stacked"``: all runs in this process, their networks evaluated as one over stacked parameters
+    (:class:`unlearn_gym.stacked.StackedRuns`); ``"serial"``: one after the other in this process; ``"auto"``:
+    processes on a CPU, stacked elsewhere, serial for one environment.
+    ``num_workers``: worker processes; default: the cores that this process may use, at most ``num_envs``.
+    ``autoreset_mode``: gymnasium's ``AutoresetMode`` or its value, ``"NextStep"`` (default), ``"SameStep"`` (with
+    ``final_obs`` and ``final_info``) or ``"Disabled"`` (reset with ``options={"reset_mask": ...}``).
+
+    ## What is shared, and what happens when a worker dies
+    Workers map data and start weights into memory from one file. A worker that dies is reported by a warning
+    and replaced: its environments' episodes end as truncated with ``info["worker_died"]`` and new ones begin;
+    the others go on. An invalid action raises :class:`ActionError` before any environment steps.
+
+    Raises what :class:`SISSUnlearnEnv` raises, and ``WorkerError`` when workers cannot be kept alive.
+    """
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        task: str = "mnist-trousers",
+        *,
+        backend: str = "auto",
+        num_workers: int | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        render_mode: str | None = None,
+        data_root: str | os.PathLike[str] | None = None,
+        download: bool = False,
+        **options: Any,
+    ) -> None:
+        if num_envs < 1:
+            raise SettingsError(f"num_envs={num_envs} must be at least 1")
+        if num_workers is not None and not 1 <= num_workers <= num_envs:
+            raise SettingsError(f"num_workers={num_workers} must lie in 1..num_envs={num_envs}")
+        if backend not in BACKENDS:
+            raise SettingsError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
+        mode = _parse_mode(autoreset_mode)
+        first = SISSUnlearnEnv(task, render_mode=render_mode, data_root=data_root, download=download, **options)
+        self.num_envs, self.render_mode, self.settings = num_envs, render_mode, first.settings
+        self.metadata = {**SISSUnlearnEnv.metadata, "autoreset_mode": mode}
+        self.single_observation_space, self.single_action_space = first.observation_space, first.action_space
+        self.observation_space = batch_space(first.observation_space, num_envs)
+        self.action_space = batch_space(first.action_space, num_envs)
+        self.backend = self._choose(backend)
+        root = resolve_data_root(data_root)
+        self._data_root = None if root is None else str(root.resolve())
+        made = {"render_mode": render_mode, **options}
+        if self.backend == "processes":
+            cores = joblib.cpu_count()
+            workers = min(num_workers or cores, num_envs)
+            self.envs: EnvGroup | WorkerPool = WorkerPool(
+                first, self._data_root, made, num_envs, mode,
+                num_workers=workers, threads=max(1, cores // workers), draw_seed=self._draw_seed,
+            )  # fmt: skip
+        else:
+            rest = [SISSUnlearnEnv(task, data_root=data_root, **made) for _ in range(num_envs - 1)]
+            self.envs = EnvGroup([first, *rest], mode, stacked=self.backend == "stacked")
+        self._obs = np.zeros(self.observation_space.shape or (), dtype=np.float32)
+
+    def _choose(self, backend: str) -> str:
+        if backend != "auto":
+            return backend
+        if self.num_envs == 1:
+            return "serial"
+        return "processes" if torch.device(self.settings.device).type == "cpu" else "stacked"
+
+    def _draw_seed(self) -> int:
+        return int(self.np_random.integers(2**32))
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Begin an episode in every environment, or where ``options["reset_mask"]``, bool ``(N,)``, is True."""
+        obs, infos = self.reset_list(seed=seed, options=options)
+        return obs, self._batch_infos(infos)
+
+    def reset_list(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], list[dict[str, Any]]]:
+        """As :meth:`reset`, with the infos as a list, one dict for each environment."""
+        self._check_open()
+        options = dict(options or {})
+        mask = np.asarray(options.pop("reset_mask", np.ones(self.num_envs, dtype=np.bool_)))
+        if mask.shape != (self.num_envs,) or mask.dtype != np.bool_ or not mask.any():
+            raise SettingsError(f"reset_mask={mask} must be {self.num_envs} booleans, at least one of them True")
+        seeds = self._spread(seed)
+        found = self.envs.reset({i: seeds[i] for i in range(self.num_envs) if mask[i]}, options or None)
+        self._obs = self._obs.copy()
+        for i, (obs, _) in found.items():
+            self._obs[i] = obs
+        return self._obs.copy(), [found[i][1] if i in found else {} for i in range(self.num_envs)]
+
+    def _spread(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
+        """The seed of each environment."""
+        if seed is None:
+            return [None] * self.num_envs
+        if isinstance(seed, int | np.integer):
+            super().reset(seed=int(seed))  # for what this class draws itself
+            return [int(seed) + i for i in range(self.num_envs)]
+        if len(seed) != self.num_envs:
+            raise SettingsError(f"{len(seed)} seeds for {self.num_envs} environments; give one for each")
+        return list(seed)
+
+    def step(self, actions: NDArray[np.float32]) -> tuple[NDArray[np.float32], Array, Array, Array, dict[str, Any]]:
+        """One step of every environment; ``actions (N, 1)``, or ``(N,)``."""
+        obs, rewards, terminated, truncated, infos = self.step_list(actions)
+        return obs, rewards, terminated, truncated, self._batch_infos(infos)
+
+    def step_list(self, actions: NDArray[Any]) -> tuple[NDArray[np.float32], Array, Array, Array, list[dict[str, Any]]]:
+        """As :meth:`step`, with the infos as a list, one dict for each environment."""
+        self._check_open()
+        obs, rewards, terminated, truncated, infos = zip(*self.envs.step(self._parse(actions)), strict=True)
+        self._obs = np.stack(obs)
+        return (
+            self._obs.copy(), np.array(rewards, dtype=np.float64), np.array(terminated, dtype=np.bool_),
+            np.array(truncated, dtype=np.bool_), list(infos),
+        )  # fmt: skip
+
+    def _parse(self, actions: Any) -> list[float]:
+        if np.ndim(actions) < 1 or len(actions) != self.num_envs:
+            raise ActionError(
+                f"actions of shape {np.shape(actions)}; give one λ for each of {self.num_envs} environments"
+            )
+        lambdas = []
+        for i, action in enumerate(actions):
+            try:
+                lambdas.append(parse_action(action, self.settings.lambda_min, self.settings.lambda_max))
+            except ActionError as error:
+                raise ActionError(f"environment {i}: {error}") from None
+        return lambdas
+
+    def _batch_infos(self, infos: list[dict[str, Any]]) -> dict[str, Any]:
+        batched: dict[str, Any] = {}
+        for i, info in enumerate(infos):
+            batched = self._add_info(batched, info, i)
+        return batched
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """The attribute ``name`` of every environment, called with the arguments where it can be called."""
+        self._check_open()
+        return tuple(self.envs.call(name, *args, **kwargs))
+
+    def get_attr(self, name: str) -> tuple[Any, ...]:
+        """The attribute ``name`` of every environment."""
+        return self.call(name)
+
+    def set_attr(self, name: str, values: Any) -> None:
+        """Set the attribute ``name`` of each environment to its of ``values``, or all to the one value."""
+        self._check_open()
+        spread = list(values) if isinstance(values, list | tuple) else [values] * self.num_envs
+        if len(spread) != self.num_envs:
+            raise SettingsError(f"{len(spread)} values for {self.num_envs} environments; give one for each")
+        self.envs.set_attr(name, spread)
+
+    def render(self) -> tuple[Any, ...]:
+        """A frame of every environment, see :meth:`SISSUnlearnEnv.render`."""
+        return self.call("render")
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise gym.error.ClosedEnvironmentError("this vector environment is closed; make a new one")
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """End the workers."""
+        if hasattr(self, "envs"):
+            self.envs.close()
+
+
+def _parse_mode(mode: AutoresetMode | str) -> AutoresetMode:
+    try:
+        return AutoresetMode(mode)
+    except ValueError:
+        known = ", ".join(repr(m.value) for m in AutoresetMode)
+        raise SettingsError(f"autoreset_mode={mode!r} must be one of {known}") from None
