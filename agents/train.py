@@ -43,9 +43,7 @@ def train(
     reward: Annotated[str, tyro.conf.arg(help="'siss' (the paper's) or 'potential'")] = "siss",
     seed: int = 0,
     timesteps: Annotated[int | None, tyro.conf.arg(help="default: n_timesteps of the config")] = None,
-    n_envs: Annotated[
-        int | None, tyro.conf.arg(help="environments; default: n_envs of the config")
-    ] = None,
+    n_envs: Annotated[int | None, tyro.conf.arg(help="environments; default: n_envs of the config")] = None,
     config: Annotated[Path | None, tyro.conf.arg(help="default: configs/agents/ppo.yml")] = None,
     out: Annotated[Path | None, tyro.conf.arg(help="default: runs/agents/TASK-REWARD-SEED")] = None,
     eval_episodes: Annotated[int, tyro.conf.arg(help="episodes a validation, on held-out seeds")] = 5,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from unlearn_gym.errors import ResultsError
+from unlearn_gym.errors import ResultsError, TaskError
 from unlearn_gym.evaluation.metrics import EvaluationSettings, Evaluator, fid, kid, wilson_interval
 from unlearn_gym.evaluation.statistics import bootstrap_mean, paired_difference
 from unlearn_gym.models.classifier import GARMENTS, TROUSERS, classify
@@ -72,6 +74,41 @@ def test_the_shipped_classifier_tells_trousers_from_digits():
     assert (digits == data.heldout_labels[:2000]).float().mean() > 0.98
     assert not torch.isin(digits, torch.tensor(GARMENTS)).any()
     assert torch.isin(forget, torch.tensor(GARMENTS)).float().mean() > 0.99
+
+
+def test_reference_features_are_computed_once_per_content():
+    calls = []
+
+    def classify(samples):
+        calls.append(len(samples))
+        return samples, torch.zeros(len(samples), dtype=torch.int64)
+
+    task = dataclasses.replace(get_task("gaussians-2d"), classify=classify)
+    data = load_data(task)
+    first = Evaluator(task, data).reference
+    copied = dataclasses.replace(data, heldout=data.heldout.clone())
+    assert Evaluator(task, copied).reference is first
+    assert len(calls) == 1
+    Evaluator(task, dataclasses.replace(data, heldout=data.heldout + 1))
+    assert len(calls) == 2
+
+
+def test_samples_do_not_depend_on_the_batches_that_they_are_drawn_in():
+    task = get_task("gaussians-2d")
+    data, model = load_data(task), task.pretrained_model()
+    drawn = [
+        Evaluator(task, data, EvaluationSettings(batch_size=size)).draw(model, None, 100, seed=3) for size in (100, 33)
+    ]
+    for a, b in zip(*drawn, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_task_without_a_classifier_has_losses_only():
+    task = dataclasses.replace(get_task("gaussians-2d"), classify=None)
+    evaluator = Evaluator(task, load_data(task))
+    assert set(evaluator.evaluate(task.pretrained_model()).metrics) == {"forget_loss", "retain_loss"}
+    with pytest.raises(TaskError, match="has no classifier"):
+        evaluator.calibration()
 
 
 def test_evaluation_is_deterministic_and_ranks_the_oracle_before_the_untouched_model():

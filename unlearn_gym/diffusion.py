@@ -118,7 +118,7 @@ def grid_loss(
         losses = []
         for start in range(0, len(x_start), batch_size):
             x = x_start[start : start + batch_size]
-            noise = torch.randn(x.shape, generator=generator, device=x.device)
+            noise = torch.randn(x.shape, generator=generator, device=generator.device).to(x.device)
             timesteps = torch.full((len(x),), t, device=x.device)
             batch_labels = None if labels is None else labels[start : start + batch_size]
             pred = predict(q_sample(x, noise, timesteps, alphas_cumprod), timesteps, batch_labels)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import io
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from scipy.stats import binomtest
@@ -85,27 +86,24 @@ class EvaluationSettings:
             )
 
 
-def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+class Judged(NamedTuple):
+    """Samples ``(N, *S)``, their features ``(N, F)`` and classes ``(N,)`` by the task's classifier, on the CPU."""
+
+    samples: Tensor
+    features: Tensor
+    classes: Tensor
 
 
-@torch.inference_mode()
-def draw_samples(
-    model: nn.Module, task: Task, labels: Tensor | None, noise: Tensor, settings: EvaluationSettings
-) -> Tensor:
-    """Samples ``(N, *S)`` from fixed ``noise``, in batches; deterministic."""
-    alphas_cumprod = task.schedule.alphas_cumprod(noise.device)
-    parts = []
-    for start in range(0, len(noise), settings.batch_size):
-        part = slice(start, start + settings.batch_size)
-        parts.append(
-            sample(
-                model, noise[part], alphas_cumprod, clip=task.clip,
-                labels=None if labels is None else labels[part],
-                num_inference_steps=settings.num_inference_steps or task.num_inference_steps,
-            )
-        )  # fmt: skip
-    return torch.cat(parts)
+_REFERENCES: dict[tuple[Any, str], Tensor] = {}
+
+
+def reference_features(task: Task, data: TaskData) -> Tensor:
+    """Features ``(M, F)`` of the held-out retain data, computed once per process and content (by its SHA-256)."""
+    classify = task.classifier
+    digest = hashlib.sha256(data.heldout.cpu().contiguous().numpy().tobytes()).hexdigest()
+    if (classify, digest) not in _REFERENCES:
+        _REFERENCES[classify, digest] = classify(to_model_range(data.heldout))[0]
+    return _REFERENCES[classify, digest]
 
 
 class Evaluation(NamedTuple):
@@ -132,53 +130,60 @@ class Evaluator:
     def __init__(self, task: Task, data: TaskData, settings: EvaluationSettings | None = None) -> None:
         self.task, self.data, self.settings = task, data, settings or EvaluationSettings()
         self.alphas_cumprod = task.schedule.alphas_cumprod()
-        self.reference = None
-        if task.classify is not None:
-            self.reference = task.classify(to_model_range(data.heldout))[0]
+        self.reference = None if task.classify is None else reference_features(task, data)
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         """All metrics of ``model``; raises :class:`ResultsError` when samples are too few for one."""
-        model = copy.deepcopy(model).cpu().to(memory_format=torch.channels_last).eval()
+        model = copy.deepcopy(model).to(memory_format=torch.channels_last).eval()
         figures = set_losses(
             model, self.data, self.alphas_cumprod, seed=self.settings.seed, batch_size=self.settings.batch_size
         )
-        if self.task.classify is None or self.reference is None:
+        if self.reference is None:
             return Evaluation(figures, None, None, None)
-        samples, labels = self.quality_samples(model)
-        features, classes = self.task.classify(samples)
-        if torch.isfinite(features).all():
-            figures["fid"] = fid(features, self.reference)
-            figures["kid"] = kid(features, self.reference)
+        labels = self.quality_labels()
+        quality = self.draw(model, labels, self.settings.num_quality_samples, self.settings.seed)
+        if torch.isfinite(quality.features).all():
+            figures["fid"] = fid(quality.features, self.reference)
+            figures["kid"] = kid(quality.features, self.reference)
         if labels is not None:
-            figures["class_accuracy"] = (classes == labels).float().mean().item()
-        forget_samples = self.forget_samples(model)
-        is_forget = self.is_forget_data(forget_samples)
+            figures["class_accuracy"] = (quality.classes == labels).float().mean().item()
+        forget = self.draw(model, self.forget_labels(), self.settings.num_forget_samples, self.settings.seed + 1)
+        is_forget = self.are_forget_classes(forget.classes)
         figures["forget_rate"] = is_forget.float().mean().item()
-        return Evaluation(figures, forget_samples, samples, is_forget)
+        return Evaluation(figures, forget.samples, quality.samples, is_forget)
 
-    def is_forget_data(self, samples: Tensor) -> Tensor:
-        """Which samples the task's classifier calls forget data, bool ``(N,)``."""
-        if self.task.classify is None:
-            raise ResultsError(f"task {self.task.name!r} has no classifier; give it classify= to count forget data")
-        classes = self.task.classify(samples)[1]
+    @torch.inference_mode()
+    def draw(self, model: nn.Module, labels: Tensor | None, n: int, seed: int) -> Judged:
+        """``n`` samples from the noise of ``seed``, on the model's device; each batch is judged as it comes."""
+        device = next(model.parameters()).device
+        alphas_cumprod, s = self.alphas_cumprod.to(device), self.settings
+        noise = torch.randn((n, *self.data.retain.shape[1:]), generator=torch.Generator().manual_seed(seed))
+        parts = []
+        for start in range(0, n, s.batch_size):
+            part = slice(start, start + s.batch_size)
+            samples = sample(
+                model, noise[part].to(device), alphas_cumprod, clip=self.task.clip,
+                labels=None if labels is None else labels[part].to(device),
+                num_inference_steps=s.num_inference_steps or self.task.num_inference_steps,
+            )  # fmt: skip
+            parts.append([x.cpu() for x in (samples, *self.task.classifier(samples))])
+        return Judged(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def quality_labels(self) -> Tensor | None:
+        """Every label equally often, ``(num_quality_samples,)``; None for an unconditional model."""
+        if self.data.retain_labels is None:
+            return None
+        n, classes = self.settings.num_quality_samples, self.data.retain_labels.unique()
+        return classes.repeat(n // len(classes) + 1)[:n]
+
+    def forget_labels(self) -> Tensor | None:
+        """The label that the forget data was learned with, ``(num_forget_samples,)``; None if unconditional."""
+        label = self.task.probe_label
+        return None if label is None else torch.full((self.settings.num_forget_samples,), label)
+
+    def are_forget_classes(self, classes: Tensor) -> Tensor:
+        """Which of ``classes (N,)`` are forget data, bool ``(N,)``."""
         return torch.isin(classes, torch.tensor(self.task.forget_classes))
-
-    def quality_samples(self, model: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """Samples of every label equally often, and their labels (None if unconditional)."""
-        n, data = self.settings.num_quality_samples, self.data
-        labels = None
-        if data.retain_labels is not None:
-            classes = data.retain_labels.unique()
-            labels = classes.repeat(n // len(classes) + 1)[:n]
-        noise = _noise((n, *data.retain.shape[1:]), self.settings.seed)
-        return draw_samples(model, self.task, labels, noise, self.settings), labels
-
-    def forget_samples(self, model: nn.Module) -> Tensor:
-        """Samples under the label that the forget data was learned with."""
-        n, label = self.settings.num_forget_samples, self.task.probe_label
-        labels = None if label is None else torch.full((n,), label)
-        noise = _noise((n, *self.data.retain.shape[1:]), self.settings.seed + 1)
-        return draw_samples(model, self.task, labels, noise, self.settings)
 
     def calibration(self) -> dict[str, float]:
         """What the classifier says of real data: share called forget data in held-out retain data (of the
@@ -187,9 +192,11 @@ class Evaluator:
         heldout = self.data.heldout
         if self.task.probe_label is not None and self.data.heldout_labels is not None:
             heldout = heldout[self.data.heldout_labels == self.task.probe_label]
+        called = [self.task.classifier(to_model_range(samples))[1] for samples in (heldout, self.data.forget)]
+        retain_rate, forget_rate = (self.are_forget_classes(classes).float().mean().item() for classes in called)
         return {
-            "retain_called_forget": self.is_forget_data(to_model_range(heldout)).float().mean().item(),
-            "forget_called_forget": self.is_forget_data(to_model_range(self.data.forget)).float().mean().item(),
+            "retain_called_forget": retain_rate,
+            "forget_called_forget": forget_rate,
             "num_retain": float(len(heldout)),
             "num_forget": float(len(self.data.forget)),
         }

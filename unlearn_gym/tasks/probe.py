@@ -21,7 +21,8 @@ def set_losses(
     """``forget_loss`` and ``retain_loss``: noise-prediction loss, a mean over pixels, of up to ``num_samples``
     forget and held-out retain samples at ten timesteps each; samples and noise are chosen by ``seed``.
     """
-    figures = {}
+    device = next(model.parameters()).device
+    alphas_cumprod, figures = alphas_cumprod.to(device), {}
     for key, samples, labels in (
         ("forget_loss", data.forget, data.forget_labels),
         ("retain_loss", data.heldout, data.heldout_labels),
@@ -29,8 +30,8 @@ def set_losses(
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(samples), generator=generator)[:num_samples]
         losses = grid_loss(
-            model, to_model_range(samples[chosen]), alphas_cumprod,
-            labels=None if labels is None else labels[chosen], generator=generator, batch_size=batch_size,
+            model, to_model_range(samples[chosen]).to(device), alphas_cumprod,
+            labels=None if labels is None else labels[chosen].to(device), generator=generator, batch_size=batch_size,
         )  # fmt: skip
         figures[key] = losses.mean().item()
     return figures

@@ -89,6 +89,13 @@ class Task:
             raise WeightsError(f"task {self.name!r}: {error}") from None
         return model
 
+    @property
+    def classifier(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """``classify``; raises :class:`TaskError` when the task has none."""
+        if self.classify is None:
+            raise TaskError(f"task {self.name!r} has no classifier; give it classify= to judge samples")
+        return self.classify
+
     @cached_property
     def constants(self) -> FeatureConstants:
         """Measured feature scales; raises :class:`TaskError` when they were never measured."""
