@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint wheel install clean
+.PHONY: demo test lint benchmarks wheel install clean
 
 demo: $(INSTALLED)  ## the main job on the shipped data: compare policies, print the table
 	$(BIN)/unlearn-gym compare --policies static:0.1 static:0.5 static:0.9 variational:pathwise variational:variance ppo \
@@ -16,6 +16,9 @@ lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+benchmarks: $(INSTALLED)  ## pytest-benchmark files, for comparing two versions on one machine
+	$(BIN)/python -m pytest tests/benchmarks/bench_*.py
 
 wheel: $(INSTALLED)  ## build the wheel and use it away from the checkout
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -338,9 +338,9 @@ def test_attributes_of_all_environments(make_vec):
 
 
 def test_a_task_of_the_users_own_works_in_workers(make_vec):
-    task = dataclasses.replace(get_task("gaussians-2d"), name="mine")
+    task = dataclasses.replace(get_task("gaussians-2d"), name="mine-in-workers")
     register_task(dataclasses.replace(task, load_data=lambda root, download: task.load_data(root, download)))
-    found, _ = make_vec("mine").reset(seed=0)
+    found, _ = make_vec("mine-in-workers").reset(seed=0)
     np.testing.assert_array_equal(found, make_vec(backend="serial").reset(seed=0)[0])
 
 

@@ -257,13 +257,27 @@ def _print_tables(results: dict[str, Any]) -> None:
         console.print(line.replace("**", ""), highlight=False)
 
 
-def bench(task: str = "mnist-trousers", pairs: int = 40, threads: Threads = None) -> None:
-    """Measure env.step against the network's bare passes, and reset against step, in turns."""
-    from unlearn_gym.benchmark import benchmark
+def bench(
+    task: str = "mnist-trousers",
+    quick: Annotated[bool, tyro.conf.arg(help="items 1 to 7 at small sizes, in under three minutes")] = False,
+    items: Annotated[tuple[str, ...], tyro.conf.arg(help="1 to 9; default: all")] = (),
+    device: str = "cpu",
+    out: Path = Path("runs/bench"),
+) -> None:
+    """Measure what steps, many environments, training and evaluation cost; prints goals and verdicts, writes JSON."""
+    from rich.console import Console
+    from rich.table import Table
 
-    _set_threads(threads)
-    for name, value in benchmark(task, pairs).items():
-        print(f"{name:20s} {value:10.3f}")
+    from unlearn_gym.benchmark.figures import HEADER
+    from unlearn_gym.benchmark.suite import run_suite
+
+    figures = run_suite(task, out, items=items, device=device, quick=quick, command=_command())
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    table = Table(*HEADER, title=f"{task} on {device}")
+    for figure in figures:
+        table.add_row(*figure.cells())
+    console.print(table)
+    print(f"raw values: {out}/bench.json\ntable: {out}/bench.md")
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {

@@ -1,0 +1,86 @@
+"""Item 6: what an evaluation costs, and how many sampler steps change no ranking."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from torch import nn
+
+from unlearn_gym.benchmark.figures import Figure
+from unlearn_gym.envs import SISSUnlearnEnv
+from unlearn_gym.evaluation.metrics import EvaluationSettings, Evaluator, fid, kid, reference_features
+from unlearn_gym.tasks import Task, get_task, load_data
+from unlearn_gym.tasks.probe import set_losses
+
+RUN_UPDATES = 60
+
+
+def cost(task: str, device: str, sizes: tuple[int, ...]) -> list[Figure]:
+    """Seconds for ``sizes`` samples, judged as they come, and for each metric on the last of them."""
+    chosen = get_task(task)
+    data, model = load_data(chosen), chosen.pretrained_model().to(device)
+    evaluator = Evaluator(chosen, data, EvaluationSettings())
+    figures = []
+    for n in sizes:
+        evaluator.settings = EvaluationSettings(num_quality_samples=n)
+        started = time.perf_counter()
+        judged = evaluator.draw(model, evaluator.quality_labels(), n, seed=0)
+        goal = 60.0 if n == 2000 else None
+        figures.append(Figure("6", f"{n:,} samples with features", time.perf_counter() - started, "s", goal))
+    reference = reference_features(chosen, data)
+    metrics = {
+        "FID": lambda: fid(judged.features, reference),
+        "KID": lambda: kid(judged.features, reference),
+        "both losses": lambda: set_losses(model, data, evaluator.alphas_cumprod),
+    }
+    for name, compute in metrics.items():
+        started = time.perf_counter()
+        compute()
+        figures.append(Figure("6", f"{name}, {sizes[-1]:,} samples", time.perf_counter() - started, "s"))
+    return figures
+
+
+def final_model(task: Task, name: str) -> nn.Module:
+    """``untouched``, ``oracle``, or what 60 updates at a ``static:λ`` leave."""
+    if name in ("untouched", "oracle"):
+        return task.pretrained_model() if name == "untouched" else task.oracle_model()
+    env = SISSUnlearnEnv(task.name, horizon=RUN_UPDATES)
+    env.reset(seed=0)
+    for _ in range(RUN_UPDATES):
+        env.step(float(name.removeprefix("static:")))
+    return env.run.model
+
+
+def sampler_steps(
+    task: str, device: str, steps: tuple[int, ...], num_samples: int, names: tuple[str, ...]
+) -> tuple[list[Figure], dict[str, Any]]:
+    """KID and forget rate of several models at each number of steps, from the same noise.
+
+    A figure for each number: the largest ``|KID - KID at the last of steps|`` over models, in units of the spread
+    of KID between models. The ranking that counts is that of the last, largest number. Returns also every value.
+    """
+    chosen = get_task(task)
+    data, models = load_data(chosen), {name: final_model(chosen, name) for name in names}
+    table: dict[int, dict[str, dict[str, float]]] = {}
+    for n in steps:
+        evaluator = Evaluator(chosen, data, EvaluationSettings(num_samples, num_samples, num_inference_steps=n))
+        table[n] = {name: _judge(evaluator, model.to(device)) for name, model in models.items()}
+    finest = {name: table[steps[-1]][name]["kid"] for name in models}
+    spread = max(finest.values()) - min(finest.values())
+    figures = []
+    for n in steps[:-1]:
+        found = {name: table[n][name]["kid"] for name in models}
+        error = max(abs(found[name] - finest[name]) for name in models) / spread
+        shipped = " (shipped)" if n == chosen.num_inference_steps else ""
+        title = f"{n} steps{shipped}: largest error of KID / spread of KID between models"
+        figures.append(Figure("6", title, error, "×"))
+        same = float(sorted(found, key=found.__getitem__) == sorted(finest, key=finest.__getitem__))
+        title = f"{n} steps{shipped}: ranking of {len(models)} models by KID is that at {steps[-1]}"
+        figures.append(Figure("6", title, same, "", 1.0 if shipped else None, at_least=True))
+    return figures, {str(n): row for n, row in table.items()}
+
+
+def _judge(evaluator: Evaluator, model: nn.Module) -> dict[str, float]:
+    metrics = evaluator.evaluate(model).metrics
+    return {name: metrics[name] for name in ("kid", "fid", "forget_rate", "class_accuracy") if name in metrics}
