@@ -22,7 +22,10 @@ import unlearn_gym
 from unlearn_gym.envs import SB3VecEnv, SISSUnlearnEnv, SISSUnlearnVectorEnv
 from unlearn_gym.errors import ActionError, RunError, SettingsError, TaskError, WorkerError
 from unlearn_gym.stacked import StackedRuns
+from unlearn_gym.step import unpack
 from unlearn_gym.tasks import get_task, register_task
+
+from .test_run import HostSynchronisations
 
 N = 3
 
@@ -112,6 +115,23 @@ def test_stacked_runs_leave_the_others_alone(make_run):
     assert (runs[1].flat.vector == single.flat.vector).all()
 
 
+def test_stacked_runs_wait_for_the_device_only_once_at_their_end(make_run, monkeypatch):
+    transfers = []
+    monkeypatch.setattr("unlearn_gym.stacked.unpack", lambda *a: transfers.append(a) or unpack(*a))
+    stack = StackedRuns([make_run(seed=i) for i in range(3)])
+    with HostSynchronisations() as mode:
+        stack.update({0: 0.2, 1: 0.4, 2: 0.6})
+        stack.update({0: 0.2, 2: 0.6})
+    assert mode.found == []
+    assert len(transfers) == 5
+
+
+def test_stacked_environments_share_data_and_start_weights(make_vec):
+    first, *others = make_vec(backend="stacked").envs.envs
+    assert all(env.start_vector is first.start_vector for env in others)
+    assert all(env.run.data is first.run.data for env in others)
+
+
 def test_stacked_runs_refuse_what_they_cannot_do(make_run):
     with pytest.raises(RunError, match="grad_norms='every:2' cannot be"):
         StackedRuns([make_run(forget_grad_rule="loss", grad_norms="every:2")])
@@ -193,6 +213,18 @@ def test_a_worker_that_dies_is_replaced_and_the_others_go_on(make_vec, mode):
             np.testing.assert_array_equal(a[others], b[others])
     progress = found[0][1, 5] * 9
     assert progress == pytest.approx(3 if mode is not AutoresetMode.NEXT_STEP else 2)
+
+
+def test_an_answer_that_an_interrupt_kept_from_being_received_is_dropped(make_vec):
+    env, whole = (make_vec(num_workers=2) for _ in range(2))
+    for one in (env, whole):
+        one.reset(seed=3)
+    for worker in env.envs.workers:
+        worker.send("step", [0.5] * len(worker.indices))  # and Ctrl-C before the answers were read
+    for one in (env, whole):
+        one.reset(seed=4)
+    for a, b in zip(env.step(actions(0))[:4], whole.step(actions(0))[:4], strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_a_worker_that_dies_before_a_reset_loses_nothing(make_vec):

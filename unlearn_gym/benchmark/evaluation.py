@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any
 
@@ -57,8 +58,7 @@ def sampler_steps(
 ) -> tuple[list[Figure], dict[str, Any]]:
     """KID and forget rate of several models at each number of steps, from the same noise.
 
-    A figure for each number: the largest ``|KID - KID at the last of steps|`` over models, in units of the spread
-    of KID between models. The ranking that counts is that of the last, largest number. Returns also every value.
+    The figures compare KID and FID at each number with those at the last and largest. Returns also every value.
     """
     chosen = get_task(task)
     data, models = load_data(chosen), {name: final_model(chosen, name) for name in names}
@@ -66,19 +66,30 @@ def sampler_steps(
     for n in steps:
         evaluator = Evaluator(chosen, data, EvaluationSettings(num_samples, num_samples, num_inference_steps=n))
         table[n] = {name: _judge(evaluator, model.to(device)) for name, model in models.items()}
-    finest = {name: table[steps[-1]][name]["kid"] for name in models}
-    spread = max(finest.values()) - min(finest.values())
-    figures = []
-    for n in steps[:-1]:
-        found = {name: table[n][name]["kid"] for name in models}
-        error = max(abs(found[name] - finest[name]) for name in models) / spread
-        shipped = " (shipped)" if n == chosen.num_inference_steps else ""
-        title = f"{n} steps{shipped}: largest error of KID / spread of KID between models"
-        figures.append(Figure("6", title, error, "×"))
-        same = float(sorted(found, key=found.__getitem__) == sorted(finest, key=finest.__getitem__))
-        title = f"{n} steps{shipped}: ranking of {len(models)} models by KID is that at {steps[-1]}"
-        figures.append(Figure("6", title, same, "", 1.0 if shipped else None, at_least=True))
+    figures = [
+        figure
+        for n in steps[:-1]
+        for metric in ("kid", "fid")
+        for figure in _against_finest(table, n, metric, shipped=n == chosen.num_inference_steps)
+    ]
     return figures, {str(n): row for n, row in table.items()}
+
+
+def _against_finest(
+    table: dict[int, dict[str, dict[str, float]]], n: int, metric: str, *, shipped: bool
+) -> list[Figure]:
+    """How far ``metric`` at ``n`` steps is from that at the most steps, and how many pairs of models swap places."""
+    most = max(table)
+    found, finest = ({name: row[metric] for name, row in table[k].items()} for k in (n, most))
+    spread = max(finest.values()) - min(finest.values())
+    error = max(abs(found[name] - finest[name]) for name in found) / spread
+    pairs = list(itertools.combinations(found, 2))
+    swapped = sum((found[a] < found[b]) != (finest[a] < finest[b]) for a, b in pairs)
+    title = f"{metric.upper()} at {n} steps{' (shipped)' if shipped else ''} and at {most}"
+    return [
+        Figure("6", f"{title}: largest difference / spread between models", error, "×"),
+        Figure("6", f"{title}: pairs of {len(pairs)} that swap places", float(swapped), "", 0.0 if shipped else None),
+    ]
 
 
 def _judge(evaluator: Evaluator, model: nn.Module) -> dict[str, float]:

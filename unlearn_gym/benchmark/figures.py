@@ -8,20 +8,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured value. ``goal`` is a bound from below (``at_least``) or above; None: reported only."""
+    """One measured value, None where it cannot be measured. ``goal`` is a bound from below (``at_least``) or
+    above; None: reported only.
+    """
 
     item: str
     name: str
-    value: float
+    value: float | None
     unit: str = ""
     goal: float | None = None
     at_least: bool = False
-    note: str = ""
 
     @property
     def verdict(self) -> str:
         """``met``, ``missed``, or ``–`` where there is no goal."""
-        if self.goal is None:
+        if self.goal is None or self.value is None:
             return "–"
         met = self.value >= self.goal if self.at_least else self.value <= self.goal
         return "met" if met else "missed"
@@ -33,7 +34,8 @@ class Figure:
     def cells(self) -> list[str]:
         """A row of the tables: item, what, measured, goal, verdict."""
         bound = "" if self.goal is None else f"{'≥' if self.at_least else '≤'} {self.goal:g}"
-        return [self.item, self.name, f"{_digits(self.value)} {self.unit}".strip(), bound, self.verdict]
+        measured = "not here" if self.value is None else f"{_digits(self.value)} {self.unit}".strip()
+        return [self.item, self.name, measured, bound, self.verdict]
 
 
 HEADER = ["item", "what", "measured", "goal", "verdict"]

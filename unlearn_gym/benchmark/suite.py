@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import time
 from collections.abc import Callable
@@ -97,32 +98,56 @@ def run_suite(
         )
     step.make_env(task, device)  # a bad task or device fails here, in one line
     out.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {
+        "command": command, "task": task, "device": device, "quick": quick, **_provenance(device),
+        "seconds": {}, "figures": [], "raw": {},
+    }  # fmt: skip
     figures: list[Figure] = []
-    raw, seconds = {}, {}
     for item in chosen:
         progress(f"{item}: {ITEMS[item]} ...")
         started = time.perf_counter()
-        found, raw[item] = measure_item(item, task, device, out, quick=quick)
-        seconds[item] = round(time.perf_counter() - started, 1)
+        found, raw = measure_item(item, task, device, out, quick=quick)
         figures += found
-    result = {
-        "command": command, "task": task, "device": device, "quick": quick, "machine": {
-            "processor": processor(device), "cores": joblib.cpu_count(), "system": platform.platform(),
-        },
-        "versions": {"unlearn_gym": unlearn_gym.__version__, "python": platform.python_version(),
-                     **{name: version(name) for name in ("torch", "gymnasium", "stable-baselines3", "numpy")}},
-        "seconds": seconds, "figures": [figure.as_dict() for figure in figures], "raw": raw,
-    }  # fmt: skip
-    write_json(out / "bench.json", result)
-    (out / "bench.md").write_text(report(result) + "\n")
+        result["seconds"][item] = round(time.perf_counter() - started, 1)
+        result["figures"] += [figure.as_dict() for figure in found]
+        result["raw"] |= {item: raw} if raw else {}
+        write_json(out / "bench.json", result)
+        (out / "bench.md").write_text(report(result) + "\n")
     return figures
+
+
+def _provenance(device: str) -> dict[str, Any]:
+    packages = ("torch", "gymnasium", "stable-baselines3", "numpy")
+    return {
+        "machine": {"processor": processor(device), "cores": joblib.cpu_count(), "system": platform.platform()},
+        "versions": {
+            "unlearn_gym": unlearn_gym.__version__, "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+        },
+    }  # fmt: skip
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """What :func:`run_suite` wrote to ``folder``."""
+    result: dict[str, Any] = json.loads((folder / "bench.json").read_text())
+    return result
+
+
+def figures_of(result: dict[str, Any]) -> list[Figure]:
+    """The figures of a stored result."""
+    return [Figure(**{k: v for k, v in figure.items() if k != "verdict"}) for figure in result["figures"]]
+
+
+def goals_table(result: dict[str, Any]) -> str:
+    """The figures that have a goal, as Markdown: the README's table."""
+    return markdown([figure for figure in figures_of(result) if figure.goal is not None])
 
 
 def report(result: dict[str, Any]) -> str:
     """The suite's results as Markdown: where they were measured, and the table."""
     machine, versions = result["machine"], result["versions"]
-    figures = [Figure(**{k: v for k, v in figure.items() if k != "verdict"}) for figure in result["figures"]]
+    minutes, table = sum(result["seconds"].values()) / 60, markdown(figures_of(result))
     return (
         f"`{result['command']}`: {machine['processor']}, {machine['cores']} cores, torch {versions['torch']}, "
-        f"device {result['device']}, {sum(result['seconds'].values()) / 60:.0f} minutes.\n\n{markdown(figures)}"
+        f"device {result['device']}, {minutes:.0f} minutes.\n\n{table}"
     )

@@ -54,7 +54,7 @@ def network_variants(task: str, device: str, rounds: int) -> list[Figure]:
             compiled()
         functions["torch.compile"] = compiled
     except Exception as error:  # a machine without a compiler: nothing to compare
-        figures.append(Figure("9", f"torch.compile failed: {error_line(error)}", float("nan")))
+        figures.append(Figure("9", f"torch.compile failed: {error_line(error)}", None))
     turns = take_turns(functions, rounds, device=device)
     names = [name for name in functions if name != "plain"]
     return [*figures, *(Figure("9", f"passes as shipped / {name}", turns.ratio("plain", name), "×") for name in names)]

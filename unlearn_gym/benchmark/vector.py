@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,7 +21,7 @@ from unlearn_gym.benchmark.figures import Figure
 from unlearn_gym.benchmark.step import ENDLESS, make_env, stepping
 from unlearn_gym.benchmark.timing import repeated, take_turns, threads
 from unlearn_gym.envs import SISSUnlearnVectorEnv
-from unlearn_gym.envs.workers import WorkerPool
+from unlearn_gym.envs.workers import PRELOADED, WorkerPool
 
 OURS, ONE = "ours", "one"
 
@@ -44,6 +45,7 @@ def contestants(task: str, device: str, num_envs: int) -> Iterator[dict[str, Cal
     """A step function of each vector environment, all of them ready at once; each sleeps while another works."""
     from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
+    multiprocessing.set_forkserver_preload(PRELOADED)  # for all alike, whoever starts the server
     each = max(1, joblib.cpu_count() // num_envs)
     here, there = partial(make_single, task, device, None), partial(make_single, task, device, each)
     actions = np.full((num_envs, 1), 0.5, dtype=np.float32)
@@ -161,18 +163,19 @@ def memory(task: str) -> list[Figure]:
             env.step(np.full((n, 1), 0.5))
         assert isinstance(env.envs, WorkerPool)
         pids = [worker.process.pid for worker in env.envs.workers]
-        used.append(sum(_kilobytes(pid, "Pss") for pid in pids) / 1024)
-        shared = _mapped(pids[-1])
+        used.append(sum(_kilobytes(pid, "smaps_rollup", "Pss") for pid in pids) / 1024)
+        peak, shared = _kilobytes(pids[-1], "status", "VmHWM") / 1024, _mapped(pids[-1])
         env.close()
     return [
         Figure("7", f"{task}, memory of a worker with one environment", used[0], "MB"),
         Figure("7", f"{task}, memory of each further one", (used[2] - used[0]) / 2, "MB"),
+        Figure("7", f"{task}, peak resident set of one, with all that it shares", peak, "MB"),
         Figure("7", f"{task}, of that, data and start weights mapped from one file by all", shared, "MB"),
     ]
 
 
-def _kilobytes(pid: int | None, name: str) -> int:
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+def _kilobytes(pid: int | None, file: str, name: str) -> int:
+    lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 

@@ -36,8 +36,9 @@ class EnvGroup:
 
     def __init__(self, envs: Sequence[SISSUnlearnEnv], mode: AutoresetMode, *, stacked: bool = False) -> None:
         self.envs, self.mode = list(envs), mode
+        first = self.envs[0]
         for env in self.envs[1:]:
-            env.start_vector = self.envs[0].start_vector
+            env.share(first.start_vector, first.run.data)
         self.stack = StackedRuns([env.run for env in self.envs]) if stacked else None
         self.due = [False] * len(self.envs)
         """Which environments begin an episode at their next step, whatever the action (NEXT_STEP only)."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from unlearn_gym.errors import ActionError, SettingsError
 from unlearn_gym.run import Snapshot, UnlearningRun
 from unlearn_gym.step import FEATURES, StepTerms
-from unlearn_gym.tasks import get_task, load_data
+from unlearn_gym.tasks import TaskData, get_task, load_data
 
 FEATURE_CLIP = 5.0
 ACTION_TOLERANCE = 1e-6
@@ -194,12 +194,13 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
 
     @property
     def start_vector(self) -> Tensor:
-        """The pretrained parameters ``(P,)`` that :meth:`reset` restores, on the CPU as a rule."""
+        """The pretrained parameters ``(P,)`` that :meth:`reset` restores."""
         return self._start.vector
 
-    @start_vector.setter
-    def start_vector(self, vector: Tensor) -> None:
-        self._start = replace(self._start, vector=vector)
+    def share(self, start_vector: Tensor, data: TaskData) -> None:
+        """Use start weights and data of another environment of the same task, in place of copies of one's own."""
+        self._start = replace(self._start, vector=start_vector)
+        self.run.data = data
 
     def _observe(self, terms: StepTerms) -> None:
         """Keep the features that the next observation shows."""

@@ -55,19 +55,19 @@ class WorkerDied(Exception):
 def serve(connection: Connection, pickled: bytes, size: int) -> None:
     """A worker's life: make ``size`` environments, then answer until the other end hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+    with contextlib.suppress(EOFError, OSError):
         try:
             group = _make_group(cloudpickle.loads(pickled), size)
         except Exception as error:
-            connection.send((False, _portable(error)))
+            connection.send((0, False, _portable(error)))
             return
-        connection.send((True, None))
+        connection.send((0, True, None))
         while True:
-            name, args, kwargs = connection.recv()
+            ticket, name, args, kwargs = connection.recv()
             try:
-                answer = ForkingPickler.dumps((True, getattr(group, name)(*args, **kwargs)))
+                answer = ForkingPickler.dumps((ticket, True, getattr(group, name)(*args, **kwargs)))
             except Exception as error:
-                answer = ForkingPickler.dumps((False, _portable(error)))
+                answer = ForkingPickler.dumps((ticket, False, _portable(error)))
             connection.send_bytes(answer)
 
 
@@ -78,7 +78,7 @@ def _make_group(plan: WorkerPlan, size: int) -> EnvGroup:
     data, more = TaskData.load(plan.shared)
     provide_data(plan.task, plan.data_root, data)
     envs = [SISSUnlearnEnv(plan.task.name, data_root=plan.data_root, **plan.options) for _ in range(size)]
-    envs[0].start_vector = more["start_vector"]
+    envs[0].share(more["start_vector"], envs[0].run.data)
     return EnvGroup(envs, plan.mode)
 
 
@@ -108,6 +108,7 @@ class Worker:
     def __init__(self, pickled: bytes, indices: range) -> None:
         self.indices = indices
         self.deaths = 0
+        self._ticket = 0
         methods = multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:
@@ -122,15 +123,21 @@ class Worker:
 
     def send(self, name: str, *args: Any, **kwargs: Any) -> None:
         """Ask for ``name`` of the worker's group; a process that is gone shows when the answer is awaited."""
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.connection.send((name, args, kwargs))
+        self._ticket += 1
+        with contextlib.suppress(OSError):
+            self.connection.send((self._ticket, name, args, kwargs))
 
     def receive(self) -> Any:
-        """The answer, or the error that the worker raised; raises :class:`WorkerDied`."""
-        try:
-            succeeded, answer = self.connection.recv()
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            raise WorkerDied from None
+        """The answer to the last question, or the error that the worker raised; raises :class:`WorkerDied`.
+
+        Answers to earlier questions, which an interrupt kept from being received, are dropped.
+        """
+        ticket = -1
+        while ticket != self._ticket:
+            try:
+                ticket, succeeded, answer = self.connection.recv()
+            except (EOFError, OSError):
+                raise WorkerDied from None
         if not succeeded:
             raise answer
         return answer
@@ -183,8 +190,10 @@ class WorkerPool:
         ]
         bounds = np.linspace(0, num_envs, num_workers + 1).round().astype(int).tolist()
         slices = [range(start, stop) for start, stop in itertools.pairwise(bounds)]
-        self.workers = [Worker(self._pickled, indices) for indices in slices]
+        self.workers: list[Worker] = []
         try:
+            for indices in slices:
+                self.workers.append(Worker(self._pickled, indices))
             for worker in self.workers:
                 self._await_start(worker)
         except BaseException:
