@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import gymnasium as gym
 import numpy as np
@@ -21,7 +21,7 @@ import unlearn_gym
 from agents.callbacks import UnlearnScalars
 from agents.config import load_config
 from unlearn_gym import ENV_ID
-from unlearn_gym.envs import SB3VecEnv, SISSUnlearnVectorEnv
+from unlearn_gym.envs import SB3VecEnv
 from unlearn_gym.errors import SettingsError, UnlearnGymError
 from unlearn_gym.files import sha256, write_json
 
@@ -33,7 +33,7 @@ FIRST_VALIDATION_SEED = 2 * FIRST_TRAINING_SEED
 def make_vec_env(task: str, options: dict[str, Any], n_envs: int, seed: int) -> VecEnv:
     """``n_envs`` monitored environments whose actions are rescaled to [-1, 1], in worker processes if more than one."""
     env = gym.make_vec(f"unlearn_gym:{ENV_ID}", num_envs=n_envs, task=task, autoreset_mode="SameStep", **options)
-    adapted = VecMonitor(SB3VecEnv(cast("SISSUnlearnVectorEnv", env.unwrapped)))
+    adapted = VecMonitor(SB3VecEnv(env))
     adapted.seed(seed)
     return adapted
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from unlearn_gym.benchmark import growth, step, timing, vector
+from unlearn_gym.benchmark import evaluation, growth, step, timing, vector
 from unlearn_gym.benchmark.field_loop import FieldLoop
 from unlearn_gym.benchmark.figures import Figure, markdown
 from unlearn_gym.benchmark.suite import report, run_suite
@@ -82,7 +82,20 @@ def test_figures_say_whether_their_goal_is_met():
     assert Figure("1", "x", 1.1, "×", 1.06).verdict == "missed"
     assert Figure("1", "x", 1.1, "×", 1.06, at_least=True).verdict == "met"
     assert Figure("1", "x", 1.1).verdict == "–"
-    assert "| 1 | x | 0.5 × | ≥ 1.06 | missed |" in markdown([Figure("1", "x", 0.5, "×", 1.06, at_least=True)])
+    assert "| 1 | x | 0.500 × | ≥ 1.06 | missed |" in markdown([Figure("1", "x", 0.5, "×", 1.06, at_least=True)])
+
+
+def test_sampler_steps_are_judged_by_the_models_that_swap_places_ties_apart():
+    finest = {"a": 1.0, "b": 1.01, "c": 2.0, "d": 3.0}
+    table = {
+        10: {name: {"kid": v, "fid": v} for name, v in {"a": 1.2, "b": 1.1, "c": 3.5, "d": 3.0}.items()},
+        50: {name: {"kid": v, "fid": v} for name, v in finest.items()},
+    }
+    difference, swaps, *_ = evaluation.sampler_figures(table, shipped=10)
+    assert difference.value == pytest.approx(1.5 / 2.0)
+    assert swaps.value == 1
+    assert swaps.verdict == "missed"
+    assert "of 5 pairs" in swaps.name
 
 
 def test_the_exponent_of_a_power_law_is_found():

@@ -41,6 +41,16 @@ def test_the_results_table_is_that_of_the_committed_results():
     assert results["command"] in README
 
 
+def test_the_performance_table_is_that_of_the_committed_benchmark():
+    from unlearn_gym.benchmark.suite import goals_table, load, report
+
+    result = load(ROOT / "docs" / "benchmark")
+    assert goals_table(result) in README
+    assert result["command"] in README
+    assert not result["quick"]
+    assert (ROOT / "docs" / "benchmark" / "bench.md").read_text() == report(result) + "\n"
+
+
 def test_the_network_table_names_the_shipped_network_as_chosen():
     import json
 

@@ -169,14 +169,16 @@ def test_without_autoreset_a_mask_says_which_begin_anew(make_vec, backend):
     start, _ = env.reset(seed=1)
     last, _, terminated, _, _ = env.step(actions(0))
     assert terminated.all()
-    with pytest.raises(gym.error.ResetNeeded):
+    with pytest.raises(gym.error.ResetNeeded, match=r"environments \[0, 1, 2\] have no episode"):
         env.step(actions(1))
     mask = np.array([False, True, False])
     obs, info = env.reset(seed=1, options={"reset_mask": mask})
     np.testing.assert_array_equal(obs, np.where(mask[:, None], start, last))
     np.testing.assert_array_equal(info["_terms"], mask)
-    with pytest.raises(gym.error.ResetNeeded):
+    with pytest.raises(gym.error.ResetNeeded, match=r"environments \[0, 2\]"):
         env.step(actions(1))
+    env.reset(options={"reset_mask": ~mask})
+    assert env.step(actions(1))[2].all()  # the one that had an episode has not stepped in between
 
 
 def kill_worker(env: SISSUnlearnVectorEnv, number: int) -> None:
@@ -310,6 +312,7 @@ def test_a_bad_action_is_named_before_anything_steps(make_vec, backend, bad, mes
     [
         ({"num_envs": 0}, SettingsError, "num_envs=0"),
         ({"backend": "threads"}, SettingsError, "backend='threads' must be one of"),
+        ({"num_workers": 2, "backend": "serial"}, SettingsError, "goes with backend='processes', not 'serial'"),
         ({"num_workers": 4}, SettingsError, r"num_workers=4 must lie in 1..num_envs=3"),
         ({"autoreset_mode": "never"}, SettingsError, "autoreset_mode='never' must be one of 'NextStep'"),
         ({"horizont": 3}, SettingsError, "did you mean 'horizon'"),
@@ -323,6 +326,8 @@ def test_bad_arguments_are_named(make_vec, options, error, message):
 
 def test_bad_resets_are_named(make_vec):
     env = make_vec()
+    with pytest.raises(gym.error.ResetNeeded, match=r"environments \[0, 1, 2\] have no episode"):
+        env.step(actions(0))
     with pytest.raises(SettingsError, match="2 seeds for 3 environments"):
         env.reset(seed=[1, 2])
     with pytest.raises(SettingsError, match="reset_mask"):
@@ -473,3 +478,5 @@ def test_ppo_learns_on_it(make_vec):
 def test_sb3_refuses_another_autoreset_mode(make_vec):
     with pytest.raises(SettingsError, match="needs autoreset_mode='SameStep', not 'NextStep'"):
         SB3VecEnv(make_vec())
+    with pytest.raises(SettingsError, match="is no SISSUnlearnVectorEnv"):
+        SB3VecEnv(gym.wrappers.vector.RescaleAction(make_vec(), np.float32(-1), np.float32(1)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,8 @@ from unlearn_gym.tasks import Task, get_task, load_data
 from unlearn_gym.tasks.probe import set_losses
 
 RUN_UPDATES = 60
+TIE = 0.05
+"""Two models tie in a metric where they differ by less than this share of its spread between all of them."""
 
 
 def cost(task: str, device: str, sizes: tuple[int, ...]) -> list[Figure]:
@@ -66,30 +69,25 @@ def sampler_steps(
     for n in steps:
         evaluator = Evaluator(chosen, data, EvaluationSettings(num_samples, num_samples, num_inference_steps=n))
         table[n] = {name: _judge(evaluator, model.to(device)) for name, model in models.items()}
-    figures = [
-        figure
-        for n in steps[:-1]
-        for metric in ("kid", "fid")
-        for figure in _against_finest(table, n, metric, shipped=n == chosen.num_inference_steps)
-    ]
-    return figures, {str(n): row for n, row in table.items()}
+    return sampler_figures(table, chosen.num_inference_steps), {str(n): row for n, row in table.items()}
 
 
-def _against_finest(
-    table: dict[int, dict[str, dict[str, float]]], n: int, metric: str, *, shipped: bool
-) -> list[Figure]:
-    """How far ``metric`` at ``n`` steps is from that at the most steps, and how many pairs of models swap places."""
-    most = max(table)
-    found, finest = ({name: row[metric] for name, row in table[k].items()} for k in (n, most))
-    spread = max(finest.values()) - min(finest.values())
-    error = max(abs(found[name] - finest[name]) for name in found) / spread
-    pairs = list(itertools.combinations(found, 2))
-    swapped = sum((found[a] < found[b]) != (finest[a] < finest[b]) for a, b in pairs)
-    title = f"{metric.upper()} at {n} steps{' (shipped)' if shipped else ''} and at {most}"
-    return [
-        Figure("6", f"{title}: largest difference / spread between models", error, "×"),
-        Figure("6", f"{title}: pairs of {len(pairs)} that swap places", float(swapped), "", 0.0 if shipped else None),
-    ]
+def sampler_figures(table: Mapping[int, dict[str, dict[str, float]]], shipped: int) -> list[Figure]:
+    """For KID and FID: how far each is from that at the most steps, and how many pairs of models swap places."""
+    most, figures = max(table), []
+    for n, metric in itertools.product(sorted(table)[:-1], ("kid", "fid")):
+        found, finest = ({name: row[metric] for name, row in table[k].items()} for k in (n, most))
+        spread = max(finest.values()) - min(finest.values())
+        error = max(abs(found[name] - finest[name]) for name in found) / spread
+        pairs = [p for p in itertools.combinations(found, 2) if abs(finest[p[0]] - finest[p[1]]) > TIE * spread]
+        swapped = sum((found[a] < found[b]) != (finest[a] < finest[b]) for a, b in pairs)
+        title = f"{metric.upper()} at {n} steps{' (shipped)' if n == shipped else ''} and at {most}"
+        swaps = f"{title}: of {len(pairs)} pairs of models without a tie, swap places"
+        figures += [
+            Figure("6", f"{title}: largest difference / spread between models", error, "×"),
+            Figure("6", swaps, float(swapped), "", 0.0 if n == shipped else None),
+        ]
+    return figures
 
 
 def _judge(evaluator: Evaluator, model: nn.Module) -> dict[str, float]:

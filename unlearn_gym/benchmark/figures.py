@@ -42,7 +42,7 @@ HEADER = ["item", "what", "measured", "goal", "verdict"]
 
 
 def _digits(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
 def markdown(figures: list[Figure]) -> str:

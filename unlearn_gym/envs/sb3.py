@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -19,10 +19,13 @@ class SB3VecEnv(VecEnv):
     """A :class:`SISSUnlearnVectorEnv` with ``autoreset_mode="SameStep"`` as an SB3 ``VecEnv``.
 
     With ``rescale_actions`` (default) agents act in [-1, 1], mapped linearly to [lambda_min, lambda_max].
-    Wrap it in SB3's ``VecMonitor`` for episode statistics. Raises ``SettingsError`` for another autoreset mode.
+    Wrap it in SB3's ``VecMonitor`` for episode statistics. Raises ``SettingsError`` for another autoreset mode
+    or another environment.
     """
 
-    def __init__(self, env: SISSUnlearnVectorEnv, *, rescale_actions: bool = True) -> None:
+    def __init__(self, env: VectorEnv[Any, Any, Any], *, rescale_actions: bool = True) -> None:
+        if not isinstance(env, SISSUnlearnVectorEnv):
+            raise SettingsError(f"{env} is no SISSUnlearnVectorEnv; make one with gym.make_vec and do not wrap it")
         mode = env.metadata["autoreset_mode"]
         if mode is not AutoresetMode.SAME_STEP:
             raise SettingsError(f"stable-baselines3 needs autoreset_mode='SameStep', not {mode.value!r}")

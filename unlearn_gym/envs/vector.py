@@ -77,7 +77,7 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
         self.single_observation_space, self.single_action_space = first.observation_space, first.action_space
         self.observation_space = batch_space(first.observation_space, num_envs)
         self.action_space = batch_space(first.action_space, num_envs)
-        self.backend = self._choose(backend)
+        self.backend = self._choose(backend, num_workers)
         root = resolve_data_root(data_root)
         self._data_root = None if root is None else str(root.resolve())
         made = {"render_mode": render_mode, **options}
@@ -92,10 +92,13 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
             rest = [SISSUnlearnEnv(task, data_root=data_root, **made) for _ in range(num_envs - 1)]
             self.envs = EnvGroup([first, *rest], mode, stacked=self.backend == "stacked")
         self._obs = np.zeros(self.observation_space.shape or (), dtype=np.float32)
+        self._needs_reset = np.ones(num_envs, dtype=np.bool_)
 
-    def _choose(self, backend: str) -> str:
-        if backend != "auto":
-            return backend
+    def _choose(self, backend: str, num_workers: int | None) -> str:
+        if num_workers is not None and backend not in ("auto", "processes"):
+            raise SettingsError(f"num_workers={num_workers} goes with backend='processes', not {backend!r}")
+        if backend != "auto" or num_workers is not None:
+            return backend if backend != "auto" else "processes"
         if self.num_envs == 1:
             return "serial"
         return "processes" if torch.device(self.settings.device).type == "cpu" else "stacked"
@@ -123,7 +126,7 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
         found = self.envs.reset({i: seeds[i] for i in range(self.num_envs) if mask[i]}, options or None)
         self._obs = self._obs.copy()
         for i, (obs, _) in found.items():
-            self._obs[i] = obs
+            self._obs[i], self._needs_reset[i] = obs, False
         return self._obs.copy(), [found[i][1] if i in found else {} for i in range(self.num_envs)]
 
     def _spread(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
@@ -145,8 +148,13 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
     def step_list(self, actions: NDArray[Any]) -> tuple[NDArray[np.float32], Array, Array, Array, list[dict[str, Any]]]:
         """As :meth:`step`, with the infos as a list, one dict for each environment."""
         self._check_open()
+        if self._needs_reset.any():
+            indices = np.flatnonzero(self._needs_reset).tolist()
+            raise gym.error.ResetNeeded(f"environments {indices} have no episode; call reset() before the next step")
         obs, rewards, terminated, truncated, infos = zip(*self.envs.step(self._parse(actions)), strict=True)
         self._obs = np.stack(obs)
+        if self.metadata["autoreset_mode"] is AutoresetMode.DISABLED:
+            self._needs_reset = np.array(terminated) | np.array(truncated)
         return (
             self._obs.copy(), np.array(rewards, dtype=np.float64), np.array(terminated, dtype=np.bool_),
             np.array(truncated, dtype=np.bool_), list(infos),
