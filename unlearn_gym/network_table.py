@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from unlearn_gym.benchmark.timing import take_turns
 from unlearn_gym.evaluation.metrics import EvaluationSettings, Evaluator
 from unlearn_gym.models import UNetConfig, build_network
 from unlearn_gym.models.weights import load_weights
@@ -45,13 +45,8 @@ def bare_step(model: nn.Module) -> None:
 
 def step_milliseconds(models: dict[str, nn.Module], rounds: int = 15) -> dict[str, float]:
     """Median time of a bare step of each model, taken in turns so that a slow moment hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(rounds):
-        for name, model in models.items():
-            started = time.perf_counter()
-            bare_step(model)
-            times[name].append(1e3 * (time.perf_counter() - started))
-    return {name: statistics.median(values[2:]) for name, values in times.items()}
+    turns = take_turns({name: partial(bare_step, model) for name, model in models.items()}, rounds)
+    return {name: 1e3 * turns.median(name) for name in models}
 
 
 def network_table(data: TaskData, out: Path, *, command: str, report: Callable[[str], None] = print) -> Path:

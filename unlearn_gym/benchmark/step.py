@@ -8,12 +8,14 @@ from typing import Any
 
 import joblib
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from unlearn_gym.benchmark.field_loop import FieldLoop
 from unlearn_gym.benchmark.figures import Figure
 from unlearn_gym.benchmark.timing import repeated, take_turns, threads
 from unlearn_gym.envs import SISSUnlearnEnv
+from unlearn_gym.step import Batch
 
 ENDLESS = 1_000_000
 BATCHES = (16, 32, 64)
@@ -28,19 +30,22 @@ def make_env(task: str, device: str, **options: Any) -> SISSUnlearnEnv:
     return env
 
 
-def bare_passes(env: SISSUnlearnEnv) -> Callable[[], None]:
-    """One forward and two backward passes of the environment's network at its batch size, and nothing else."""
-    run, device = env.run, env.settings.device
-    model = env.task.pretrained_model().to(device).to(memory_format=torch.channels_last)
-    batch = run.draw(torch.Generator(device).manual_seed(0))
-    parameters = list(model.parameters())
+def passes(model: Callable[..., Any], parameters: list[nn.Parameter], batch: Batch) -> Callable[[], None]:
+    """One forward and two backward passes of ``model`` on the retain samples of ``batch``, and nothing else."""
 
-    def passes() -> None:
+    def run() -> None:
         output = model(batch.retain, batch.timesteps, batch.retain_labels)
         torch.autograd.grad(output, parameters, batch.noise, retain_graph=True)
         torch.autograd.grad(output, parameters, batch.noise)
 
-    return passes
+    return run
+
+
+def bare_passes(env: SISSUnlearnEnv) -> Callable[[], None]:
+    """The :func:`passes` of the environment's network at its batch size."""
+    device = env.settings.device
+    model = env.task.pretrained_model().to(device).to(memory_format=torch.channels_last)
+    return passes(model, list(model.parameters()), env.run.draw(torch.Generator(device).manual_seed(0)))
 
 
 def thread_counts() -> list[int]:

@@ -11,21 +11,10 @@ import torch
 from torch import nn
 
 from unlearn_gym.benchmark.figures import Figure
-from unlearn_gym.benchmark.step import make_env, stepping
+from unlearn_gym.benchmark.step import make_env, passes, stepping
 from unlearn_gym.benchmark.timing import repeated, take_turns
 from unlearn_gym.benchmark.vector import make_ours
 from unlearn_gym.errors import error_line
-
-
-def passes(model: Callable[..., Any], parameters: list[nn.Parameter], batch: Any) -> Callable[[], None]:
-    """One forward and two backward passes."""
-
-    def run() -> None:
-        output = model(batch.retain, batch.timesteps, batch.retain_labels)
-        torch.autograd.grad(output, parameters, batch.noise, retain_graph=True)
-        torch.autograd.grad(output, parameters, batch.noise)
-
-    return run
 
 
 def network_variants(task: str, device: str, rounds: int) -> list[Figure]:
