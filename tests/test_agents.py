@@ -92,6 +92,17 @@ def test_an_agent_of_other_observations_or_another_lambda_range_is_refused(optio
         make_policy(str(tmp_path / "a.zip"), policy_context(SISSUnlearnEnv("gaussians-2d")))
 
 
+def test_an_agent_trained_with_the_norms_age_is_used_with_it_and_refused_without(tmp_path):
+    options = {"forget_grad_rule": "loss", "grad_norms": "every:4"}
+    PPO("MlpPolicy", gym.make("SISSUnlearn-v0", task="gaussians-2d", **options), device="cpu").save(tmp_path / "a.zip")
+    env = SISSUnlearnEnv("gaussians-2d", horizon=3, **options)
+    assert (
+        len(run_episode(env, make_policy(str(tmp_path / "a.zip"), policy_context(env)), seed=0).trace["lambda_"]) == 3
+    )
+    with pytest.raises(PolicyError, match=r"observations \(7,\) .* has \(6,\) and \(1,\) \(grad_norms='every:k'"):
+        make_policy(str(tmp_path / "a.zip"), policy_context(SISSUnlearnEnv("gaussians-2d")))
+
+
 @pytest.mark.parametrize("path", sorted(SHIPPED_AGENTS.rglob("*.zip")), ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_shipped_agents_are_those_of_their_manifest_and_act(path):
     from unlearn_gym.files import sha256

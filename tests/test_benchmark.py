@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from unlearn_gym.benchmark import evaluation, growth, step, timing, vector
 from unlearn_gym.benchmark.field_loop import FieldLoop
 from unlearn_gym.benchmark.figures import Figure, markdown
-from unlearn_gym.benchmark.suite import report, run_suite
+from unlearn_gym.benchmark.suite import figures_of, load, report, run_suite
 from unlearn_gym.errors import SettingsError
 
 
@@ -77,6 +76,11 @@ def test_turns_are_taken_in_turn_and_compared_within_their_round(monkeypatch):
     assert len(turns.seconds["a"]) == 6
 
 
+def test_a_missed_goal_shows_why():
+    row = markdown([Figure("7", "x", 1.0002, "×", 1.0)])
+    assert "| 1.0002 × | ≤ 1 | missed |" in row
+
+
 def test_figures_say_whether_their_goal_is_met():
     assert Figure("1", "x", 1.0, "×", 1.06).verdict == "met"
     assert Figure("1", "x", 1.1, "×", 1.06).verdict == "missed"
@@ -118,16 +122,22 @@ def test_every_vector_environment_of_item_4_steps():
             assert len(function()[0]) == 2
 
 
-def test_the_suite_writes_what_it_prints(tmp_path):
-    figures = run_suite("gaussians-2d", tmp_path, items=("1", "7"), quick=True, command="here", progress=lambda _: None)
-    result = json.loads((tmp_path / "bench.json").read_text())
-    assert [row["name"] for row in result["figures"]] == [figure.name for figure in figures]
-    assert {row["item"] for row in result["figures"]} == {"1", "7"}
+def test_the_suite_writes_what_it_prints_and_completes_what_is_there(tmp_path):
+    def run(command, *items):
+        return run_suite("gaussians-2d", tmp_path, items=items, quick=True, command=command, progress=lambda _: None)
+
+    first = run("one", "1", "7")
+    result = load(tmp_path)
+    assert [figure.as_dict() for figure in figures_of(result)] == [figure.as_dict() for figure in first]
     assert result["machine"]["processor"]
-    text = (tmp_path / "bench.md").read_text()
-    assert text == report(result) + "\n"
-    assert markdown(figures) in text
-    assert text.startswith("`here`: ")
+    assert (tmp_path / "bench.md").read_text() == report(result) + "\n"
+    assert markdown(first) in report(result)
+    again = run("two", "7")
+    result = load(tmp_path)
+    assert [item["command"] for item in result["items"].values()] == ["one", "two"]
+    kept = [figure for figure in first if figure.item == "1"]
+    assert [figure.value for figure in figures_of(result)] == [figure.value for figure in [*kept, *again]]
+    assert "items 1 by `one`; items 7 by `two`" in report(result)
 
 
 def test_an_unknown_item_is_named(tmp_path):

@@ -114,7 +114,7 @@ def test_norms_between_measurements_are_the_last_ones_and_say_their_age(make_run
 
 @pytest.mark.parametrize("value", ["every", "every:0", "every:x", "sometimes"])
 def test_a_bad_grad_norms_is_named(make_run, value):
-    with pytest.raises(SettingsError, match=f"grad_norms='{value}'"):
+    with pytest.raises(SettingsError, match=f"grad_norms='{value}': must be 'exact' or 'every:k'"):
         make_run(grad_norms=value, forget_grad_rule="loss")
 
 

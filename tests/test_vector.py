@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +24,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
 import unlearn_gym
 from unlearn_gym.envs import SB3VecEnv, SISSUnlearnEnv, SISSUnlearnVectorEnv
+from unlearn_gym.envs.workers import arguments
 from unlearn_gym.errors import ActionError, RunError, SettingsError, TaskError, WorkerError
 from unlearn_gym.stacked import StackedRuns
 from unlearn_gym.step import unpack
@@ -133,7 +138,7 @@ def test_stacked_environments_share_data_and_start_weights(make_vec):
 
 
 def test_stacked_runs_refuse_what_they_cannot_do(make_run):
-    with pytest.raises(RunError, match="grad_norms='every:2' cannot be"):
+    with pytest.raises(RunError, match="grad_norms='every:2' needs backend='processes' or 'serial'"):
         StackedRuns([make_run(forget_grad_rule="loss", grad_norms="every:2")])
     runs = [make_run(seed=i) for i in range(2)]
     runs[0].model.forward = lambda x, t, labels: x * float(x.sum() > 0)
@@ -222,7 +227,7 @@ def test_an_answer_that_an_interrupt_kept_from_being_received_is_dropped(make_ve
     for one in (env, whole):
         one.reset(seed=3)
     for worker in env.envs.workers:
-        worker.send("step", [0.5] * len(worker.indices))  # and Ctrl-C before the answers were read
+        worker.send("step", arguments([0.5] * len(worker.indices)))  # and Ctrl-C before the answers were read
     for one in (env, whole):
         one.reset(seed=4)
     for a, b in zip(env.step(actions(0))[:4], whole.step(actions(0))[:4], strict=True):
@@ -238,6 +243,116 @@ def test_a_worker_that_dies_before_a_reset_loses_nothing(make_vec):
     np.testing.assert_array_equal(found, expected)
 
 
+def test_a_partial_reset_after_a_death_hides_no_lost_episode(make_vec):
+    env = make_vec(num_workers=1, autoreset_mode="Disabled")
+    env.reset(seed=3)
+    env.step(actions(0))
+    kill_worker(env, 0)
+    with pytest.warns(UserWarning, match="worker 0 died"):
+        env.reset(options={"reset_mask": np.array([True, False, False])})
+    _, reward, _, truncated, info = env.step(actions(1))
+    np.testing.assert_array_equal(truncated, [False, True, True])
+    np.testing.assert_array_equal(info["_worker_died"], [False, True, True])
+    assert not reward[1:].any()
+    with pytest.raises(gym.error.ResetNeeded, match=r"\[1, 2\]"):
+        env.step(actions(2))
+
+
+def test_an_episode_that_had_ended_is_not_lost_again(make_vec):
+    env = make_vec(num_workers=1, horizon=2)
+    env.reset(seed=3)
+    env.step(actions(0))
+    assert env.step(actions(1))[2].all()
+    kill_worker(env, 0)
+    with pytest.warns(UserWarning, match="worker 0 died"):
+        obs, _, terminated, truncated, _ = env.step(actions(2))
+    assert not (terminated | truncated).any()
+    assert not obs[:, 5].any()
+    np.testing.assert_array_equal(env.step(actions(3))[0][:, 5], [0.5] * N)
+
+
+def test_a_worker_that_does_not_answer_in_time_counts_as_dead(make_vec):
+    env = make_vec(num_workers=3, worker_timeout=1.0)
+    env.reset(seed=3)
+    os.kill(env.envs.workers[1].process.pid, signal.SIGSTOP)
+    with pytest.warns(UserWarning, match="worker 1 died: killed by SIGKILL .*no answer in time"):
+        truncated = env.step(actions(0))[3]
+    np.testing.assert_array_equal(truncated, [False, True, False])
+
+
+def test_a_worker_killed_by_a_signal_without_a_name_is_replaced(make_vec):
+    env = make_vec(num_workers=3)
+    env.reset(seed=3)
+    os.kill(env.envs.workers[0].process.pid, signal.SIGRTMIN + 6)
+    with pytest.warns(UserWarning, match=r"worker 0 died: killed by (signal|SIG)"):
+        env.step(actions(0))
+
+
+def test_an_interrupted_step_asks_for_a_reset(make_vec, monkeypatch):
+    env = make_vec()
+    env.reset(seed=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(env.envs, "_answers", lambda numbers: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            env.step(actions(0))
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step(actions(0))
+    expected = env.reset(seed=4)[0]
+    np.testing.assert_array_equal(env.reset(seed=4)[0], expected)
+
+
+def test_environments_in_workers_refuse_to_be_copied_and_go_on(make_vec):
+    env = make_vec()
+    env.reset(seed=3)
+    for duplicate in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(WorkerError, match="use backend='serial'"):
+            duplicate(env)
+    env.step(actions(0))
+
+
+@pytest.mark.parametrize("backend", ["stacked", "serial"])
+def test_a_copy_of_environments_in_one_process_trains_alike(make_vec, backend):
+    env = make_vec(backend=backend)
+    env.reset(seed=3)
+    env.step(actions(0))
+    twin = copy.deepcopy(env)
+    for step in range(1, 4):
+        found, expected = twin.step(actions(step)), env.step(actions(step))
+        for a, b in zip(found[:4], expected[:4], strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert (twin.envs.envs[0].run.flat.vector == env.envs.envs[0].run.flat.vector).all()
+    assert not (twin.envs.envs[0].run.flat.vector == twin.envs.envs[0].start_vector).all()
+
+
+def test_threads_that_make_environments_leave_the_main_module_alone(make_vec):
+    main = sys.modules["__main__"]
+    threads = [threading.Thread(target=make_vec) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sys.modules["__main__"] is main
+
+
+def test_a_daemonic_process_gets_its_environments_in_itself(make_vec, monkeypatch):
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    assert make_vec().backend == "serial"
+    with pytest.raises(SettingsError, match="can start no workers; use backend='serial'"):
+        make_vec(backend="processes")
+
+
+def test_closing_is_quick_though_another_process_holds_the_pipes(make_vec):
+    env = make_vec(num_workers=2)
+    env.reset(seed=0)
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+    child.start()
+    started = time.monotonic()
+    env.close()
+    assert time.monotonic() - started < 4
+    child.kill()
+    child.join()
+
+
 def test_a_worker_that_dies_again_and_again_is_an_error(make_vec):
     env = make_vec(num_workers=2)
     env.reset(seed=0)
@@ -248,6 +363,11 @@ def test_a_worker_that_dies_again_and_again_is_an_error(make_vec):
     kill_worker(env, 1)
     with pytest.raises(WorkerError, match=r"worker 1 \(environments .*\) died 3 times in a row"):
         env.step(actions(0))
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step(actions(0))
+    with pytest.warns(UserWarning, match="worker 1 died"):
+        env.reset(seed=0)
+    env.step(actions(0))
 
 
 def test_a_dead_worker_is_named_where_nothing_can_replace_its_answer(make_vec):
@@ -311,11 +431,15 @@ def test_a_bad_action_is_named_before_anything_steps(make_vec, backend, bad, mes
     ("options", "error", "message"),
     [
         ({"num_envs": 0}, SettingsError, "num_envs=0"),
+        ({"num_envs": 2.0}, SettingsError, "num_envs=2.0 must be a whole number"),
+        ({"max_episode_steps": 5}, SettingsError, "vectorization_mode='sync'; horizon="),
         ({"backend": "threads"}, SettingsError, "backend='threads' must be one of"),
         ({"num_workers": 2, "backend": "serial"}, SettingsError, "goes with backend='processes', not 'serial'"),
         ({"num_workers": 4}, SettingsError, r"num_workers=4 must lie in 1..num_envs=3"),
         ({"autoreset_mode": "never"}, SettingsError, "autoreset_mode='never' must be one of 'NextStep'"),
         ({"horizont": 3}, SettingsError, "did you mean 'horizon'"),
+        ({"workers": 1}, SettingsError, "did you mean 'num_workers'"),
+        ({"vectorization_mode": "sync", "backend": "serial"}, SettingsError, "argument of gym.make_vec without"),
         ({"task": "gaussian-2d"}, TaskError, "did you mean 'gaussians-2d'"),
     ],
 )
@@ -330,6 +454,13 @@ def test_bad_resets_are_named(make_vec):
         env.step(actions(0))
     with pytest.raises(SettingsError, match="2 seeds for 3 environments"):
         env.reset(seed=[1, 2])
+    with pytest.raises(SettingsError, match="seed='a' must be a whole number"):
+        env.reset(seed="a")
+    env.reset(seed=0)
+    for bad in (-1, [1, -2, 3], [1, 2.5, 3], 1.5):
+        with pytest.raises(SettingsError, match=r"seed=.* must be a whole number"):
+            env.reset(seed=bad)
+    assert not env.step(actions(0))[0][:, 5].std()
     with pytest.raises(SettingsError, match="reset_mask"):
         env.reset(options={"reset_mask": np.array([1, 0, 1])})
     with pytest.raises(SettingsError, match="unknown reset options"):
@@ -367,8 +498,15 @@ def test_attributes_of_all_environments(make_vec):
     assert env.get_attr("marked") == ("a", "b", "c")
     env.set_attr("marked", 1)
     assert env.get_attr("marked") == (1, 1, 1)
-    with pytest.raises(WorkerError, match=r"AttributeError.*'nothing'"):
+    env.set_attr("marked", [lambda: 4, 5, 6])
+    assert env.call("marked") == (4, 5, 6)
+    with pytest.raises(TypeError, match="pickle"):
+        env.set_attr("marked", [7, 8, threading.Lock()])
+    assert env.call("marked") == (4, 5, 6)
+    with pytest.raises(AttributeError, match="'nothing'"):
         env.get_attr("nothing")
+    with pytest.raises(WorkerError, match="a worker failed: TypeError"):
+        env.call("validate")
     with pytest.raises(SettingsError, match="2 values for 3"):
         env.set_attr("marked", [1, 2])
     assert make_vec(render_mode="rgb_array", num_envs=2).render()[1].shape == (540, 960, 3)
@@ -403,9 +541,13 @@ def test_a_script_needs_no_main_guard(tmp_path):
 
 def test_workers_end_with_the_process_that_made_them(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT.format(steps=10**9))
-    parent = subprocess.Popen([sys.executable, "script.py"], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    parent = subprocess.Popen(
+        [sys.executable, "script.py"], stdout=subprocess.PIPE, text=True, cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
     assert parent.stdout is not None
     pids = [int(pid) for pid in parent.stdout.readline().split()[1:]]
+    assert list(tmp_path.glob("unlearn_gym-*/shared.safetensors"))
     parent.kill()
     parent.wait()
     parent.stdout.close()
@@ -413,6 +555,7 @@ def test_workers_end_with_the_process_that_made_them(tmp_path):
     while any(alive(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    assert not list(tmp_path.glob("unlearn_gym-*"))
 
 
 def alive(pid: int) -> bool:
@@ -438,14 +581,14 @@ def test_sb3_sees_what_it_sees_of_single_environments(make_vec):
     for step in range(7):
         chosen = (actions(step) * 2 - 1).astype(np.float32)
         (obs, reward, done, infos), expected = ours.step(chosen), theirs.step(chosen)
-        np.testing.assert_allclose(obs, expected[0], atol=1e-5)
-        np.testing.assert_allclose(reward, expected[1], rtol=1e-5)
+        np.testing.assert_array_equal(obs, expected[0])
+        np.testing.assert_array_equal(reward, expected[1])
         np.testing.assert_array_equal(done, expected[2])
         for info, other in zip(infos, expected[3], strict=True):
-            assert info.keys() - {"TimeLimit.truncated"} == other.keys() - {"TimeLimit.truncated"}
+            assert info.keys() == other.keys()
             np.testing.assert_equal(info["diverged"], other["diverged"])
             if "terminal_observation" in other:
-                np.testing.assert_allclose(info["terminal_observation"], other["terminal_observation"], atol=1e-5)
+                np.testing.assert_array_equal(info["terminal_observation"], other["terminal_observation"])
                 assert info["TimeLimit.truncated"] is other["TimeLimit.truncated"] is False
                 assert info["episode"]["r"] == pytest.approx(other["episode"]["r"], abs=1e-4)
         for info, other in zip(ours.venv.reset_infos, theirs.reset_infos, strict=True):
@@ -455,6 +598,7 @@ def test_sb3_sees_what_it_sees_of_single_environments(make_vec):
 def test_sb3_takes_the_end_of_a_dead_workers_episode_for_a_truncation(make_vec):
     env = make_vec(num_workers=3, autoreset_mode="SameStep")
     adapted = SB3VecEnv(env)
+    assert not adapted.has_attr("nothing")
     adapted.reset()
     kill_worker(env, 0)
     with pytest.warns(UserWarning, match="worker 0 died"):
@@ -472,7 +616,17 @@ def test_ppo_learns_on_it(make_vec):
     assert env.get_attr("render_mode") == [None, None]
     assert env.env_is_wrapped(Monitor) == [False, False]
     env.set_attr("marked", 3)
+    env.set_attr("marked", 4, [0])
+    assert env.get_attr("marked") == [4, 3]
     assert env.get_attr("marked", [1]) == [3]
+    assert callable(env.get_attr("reset", [0])[0])
+    env.reset()
+    env.step(np.zeros((2, 1), np.float32))
+    env.env_method("reset", indices=[0])
+    np.testing.assert_allclose(env.step(np.zeros((2, 1), np.float32))[0][:, 5], [0.2, 0.4])
+    env.set_options({"instance": 3})
+    with pytest.raises(SettingsError, match="unknown reset options"):
+        env.reset()
 
 
 def test_sb3_refuses_another_autoreset_mode(make_vec):

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from unlearn_gym.errors import SettingsError
+
+MAKER_ARGUMENTS = {
+    **dict.fromkeys(("task", "render_mode", "data_root", "download"), "gym.make and gym.make_vec"),
+    **dict.fromkeys(
+        ("num_envs", "backend", "num_workers", "worker_timeout", "autoreset_mode"),
+        "gym.make_vec without vectorization_mode",
+    ),
+    "max_episode_steps": "gym.make, or of gym.make_vec with vectorization_mode='sync'; horizon= sets the length here",
+}
+"""Arguments that users give as settings by mistake, and what they are arguments of."""
 
 
 class RunSettings(BaseModel):
@@ -38,7 +49,7 @@ class RunSettings(BaseModel):
     forget_grad_rule: Literal["loss", "fixed_norm", "relative_norm"] = "relative_norm"
     forget_grad_norm: float = Field(0.5, ge=0)
     forget_scale: float = Field(1.0, ge=0, description="1 + s: weight of the forget term")
-    grad_norms: str = Field("exact", pattern=r"^(exact|every:[1-9]\d*)$", description="'exact' or 'every:k'")
+    grad_norms: str = Field("exact", description="'exact' or 'every:k'")
     skip_zero_weights: bool = True
     max_grad_norm: float | None = Field(1.0, gt=0, description="None: no clipping")
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
@@ -56,6 +67,13 @@ class RunSettings(BaseModel):
     potential_retain_coef: float = Field(10.0, ge=0, description="w in the potential Φ")
     divergence_penalty: float = Field(10.0, ge=0)
     device: str = "cpu"
+
+    @field_validator("grad_norms")
+    @classmethod
+    def _exact_or_every(cls, value: str) -> str:
+        if not re.fullmatch(r"exact|every:[1-9]\d*", value):
+            raise ValueError("must be 'exact' or 'every:k' with a whole k of at least 1, as in 'every:4'")
+        return value
 
     @field_validator("device")
     @classmethod
@@ -92,9 +110,12 @@ class RunSettings(BaseModel):
     def override(self, **options: Any) -> RunSettings:
         """A copy with ``options`` replaced; raises :class:`SettingsError` for a bad name or value."""
         for name in options:
+            if name in MAKER_ARGUMENTS:
+                raise SettingsError(f"{name!r} is no run setting but an argument of {MAKER_ARGUMENTS[name]}")
             if name not in type(self).model_fields:
-                close = difflib.get_close_matches(name, type(self).model_fields, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(type(self).model_fields)}"
+                close = difflib.get_close_matches(name, [*type(self).model_fields, *MAKER_ARGUMENTS], n=1)
+                known = ", ".join([*type(self).model_fields, *MAKER_ARGUMENTS])
+                hint = f"did you mean {close[0]!r}?" if close else f"known: {known}"
                 raise SettingsError(f"unknown option {name!r}; {hint}")
         try:
             return type(self).model_validate({**self.model_dump(), **options})

@@ -28,13 +28,15 @@ class StackedRuns:
         first = runs[0]
         if first.settings.norms_period > 1:
             raise RunError(
-                f"stacked runs measure both norms always; grad_norms={first.settings.grad_norms!r} cannot be"
+                f"stacked runs measure both norms always; grad_norms={first.settings.grad_norms!r} needs "
+                "backend='processes' or 'serial'"
             )
         self.runs, self.settings = runs, first.settings
         self.matrix = torch.empty(len(runs), len(first.flat.vector), device=first.flat.vector.device)
         self.optimizer = make_optimizer(self.settings, [run.flat.vector for run in runs])
         for run, row in zip(runs, self.matrix, strict=True):
             run.flat.move_to(row)
+            self.optimizer.state |= run.optimizer.state
             run.optimizer = self.optimizer
         self._names = [name for name, p in first.model.named_parameters() if p.requires_grad]
         coefs: dict[str, Any] = {"retain_coef": first.retain_coef, "forget_coef": first.forget_coef}
@@ -44,6 +46,10 @@ class StackedRuns:
         self._output_gradients = torch.vmap(partial(siss.output_gradients, **coefs))
         self._norms = torch.vmap(partial(gradient_norms, settings=self.settings))
         self._pack = torch.vmap(partial(pack, **scaled), in_dims=(0, 0, 0, 0, 0, None))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles stack the copied runs anew."""
+        return StackedRuns, (self.runs,)
 
     def update(self, lambdas: Mapping[int, float]) -> dict[int, StepTerms]:
         """One update of each run that ``lambdas`` names by its index; the others stay as they are."""
@@ -94,6 +100,8 @@ class StackedRuns:
         inputs: Any = (draws.x_t, draws.timesteps, draws.labels)
         try:
             return torch.vmap(predict)(vectors, *inputs)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise RunError(f"torch.vmap cannot map this network ({reason}); use backend='processes'") from error

@@ -31,18 +31,21 @@ class Figure:
         """For JSON, the verdict included."""
         return {**asdict(self), "verdict": self.verdict}
 
+    def _digits(self, value: float) -> str:
+        """Three digits after the point or less, or so many that a verdict shows."""
+        text = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+        if self.verdict == "missed" and float(text.replace(",", "")) == self.goal:
+            return f"{value:.6f}".rstrip("0")
+        return text
+
     def cells(self) -> list[str]:
         """A row of the tables: item, what, measured, goal, verdict."""
         bound = "" if self.goal is None else f"{'≥' if self.at_least else '≤'} {self.goal:g}"
-        measured = "not here" if self.value is None else f"{_digits(self.value)} {self.unit}".strip()
+        measured = "not here" if self.value is None else f"{self._digits(self.value)} {self.unit}".strip()
         return [self.item, self.name, measured, bound, self.verdict]
 
 
 HEADER = ["item", "what", "measured", "goal", "verdict"]
-
-
-def _digits(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
 def markdown(figures: list[Figure]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import time
@@ -21,7 +22,7 @@ from unlearn_gym.files import write_json
 
 ITEMS = {
     "1": "overhead of a step over the bare passes",
-    "2": "against the loop of the field",
+    "2": "against the published loop",
     "3": "distance to the machine",
     "4": "many environments",
     "5": "training overhead",
@@ -48,9 +49,10 @@ def measure_item(item: str, task: str, device: str, out: Path, *, quick: bool) -
         case "3":
             figures = step.machine(task, device, 5 if quick else 20)
         case "4":
-            counts, turns = ((2, 4), 2) if quick else ((1, 2, 4, 8), 5)
-            figures = vector.many(task, device, counts, turns, 32 if quick else 64)
-            figures += vector.many(FAST_TASK, device, counts, turns, 400 if quick else 1600)
+            counts = (2, 4) if quick else (1, 2, 4, 8)
+            figures, raw = vector.many(task, device, counts, 2 if quick else 5, 32 if quick else 64)
+            more, more_raw = vector.many(FAST_TASK, device, counts, 3 if quick else 11, 300 if quick else 1200)
+            figures, raw = figures + more, raw | more_raw
         case "5":
             figures = vector.training(task, device, 1 if quick else 3)
             figures += vector.training(FAST_TASK, device, 2 if quick else 10)
@@ -89,7 +91,10 @@ def run_suite(
     task: str, out: Path, *, items: tuple[str, ...] = (), device: str = "cpu", quick: bool = False,
     command: str = "", progress: Callable[[str], None] = print,
 ) -> list[Figure]:  # fmt: skip
-    """Measure ``items`` (default: all, or with ``quick`` 1 to 7 at small sizes); writes ``bench.json`` and ``.md``."""
+    """Measure ``items`` (default: all, or with ``quick`` 1 to 7 at small sizes); writes ``bench.json`` and ``.md``.
+
+    Items that ``out`` holds already, measured on the same machine, versions and sizes, stay unless measured again.
+    """
     chosen = items or (QUICK_ITEMS if quick else tuple(ITEMS))
     unknown = [item for item in chosen if item not in ITEMS]
     if unknown:
@@ -98,22 +103,30 @@ def run_suite(
         )
     step.make_env(task, device)  # a bad task or device fails here, in one line
     out.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {
-        "command": command, "task": task, "device": device, "quick": quick, **_provenance(device),
-        "seconds": {}, "figures": [], "raw": {},
-    }  # fmt: skip
+    result = _begin(out, task, device, quick=quick)
     figures: list[Figure] = []
     for item in chosen:
         progress(f"{item}: {ITEMS[item]} ...")
         started = time.perf_counter()
         found, raw = measure_item(item, task, device, out, quick=quick)
         figures += found
-        result["seconds"][item] = round(time.perf_counter() - started, 1)
-        result["figures"] += [figure.as_dict() for figure in found]
-        result["raw"] |= {item: raw} if raw else {}
+        result["items"][item] = {
+            "command": command, "seconds": round(time.perf_counter() - started, 1),
+            "figures": [figure.as_dict() for figure in found], "raw": raw,
+        }  # fmt: skip
         write_json(out / "bench.json", result)
         (out / "bench.md").write_text(report(result) + "\n")
     return figures
+
+
+def _begin(out: Path, task: str, device: str, *, quick: bool) -> dict[str, Any]:
+    """The result in ``out`` to be completed, if it is of the same machine, versions and sizes, or an empty one."""
+    own = {"task": task, "device": device, "quick": quick, **_provenance(device)}
+    with contextlib.suppress(OSError, ValueError):
+        stored = load(out)
+        if {key: stored.get(key) for key in own} == own and isinstance(stored.get("items"), dict):
+            return stored
+    return {**own, "items": {}}
 
 
 def _provenance(device: str) -> dict[str, Any]:
@@ -134,8 +147,9 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def figures_of(result: dict[str, Any]) -> list[Figure]:
-    """The figures of a stored result."""
-    return [Figure(**{k: v for k, v in figure.items() if k != "verdict"}) for figure in result["figures"]]
+    """The figures of a stored result, item by item."""
+    stored = [row for _, item in sorted(result["items"].items()) for row in item["figures"]]
+    return [Figure(**{k: v for k, v in row.items() if k != "verdict"}) for row in stored]
 
 
 def goals_table(result: dict[str, Any]) -> str:
@@ -144,10 +158,15 @@ def goals_table(result: dict[str, Any]) -> str:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The suite's results as Markdown: where they were measured, and the table."""
-    machine, versions = result["machine"], result["versions"]
-    minutes, table = sum(result["seconds"].values()) / 60, markdown(figures_of(result))
+    """The suite's results as Markdown: where and how they were measured, and the table."""
+    machine, versions, items = result["machine"], result["versions"], sorted(result["items"].items())
+    commands = {item["command"]: [k for k, v in items if v["command"] == item["command"]] for _, item in items}
+    made = "; ".join(f"items {', '.join(keys)} by `{command}`" for command, keys in commands.items())
+    minutes = sum(item["seconds"] for _, item in items) / 60
     return (
-        f"`{result['command']}`: {machine['processor']}, {machine['cores']} cores, torch {versions['torch']}, "
-        f"device {result['device']}, {minutes:.0f} minutes.\n\n{table}"
+        f"{machine['processor']}, {machine['cores']} cores, torch {versions['torch']}, device {result['device']}, "
+        f"{minutes:.0f} minutes: {made}.\n\n"
+        "Times are medians over rounds in which everything that is compared ran in turn; a ratio is the median of the "
+        "rounds' own ratios, so it is not exactly the quotient of two medians.\n\n"
+        f"{markdown(figures_of(result))}"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,9 +50,9 @@ class EnvGroup:
             self.due[i] = False
         return found
 
-    def begin_at_next_step(self) -> None:
-        """Take every environment's episode for ended."""
-        self.due = [True] * len(self.envs)
+    def begin_at_next_step(self, i: int) -> None:
+        """Take the episode of environment ``i`` for ended."""
+        self.due[i] = True
 
     def step(self, lambdas: Sequence[float]) -> list[Outcome]:
         """One step of every environment; one whose episode ended begins the next one as ``mode`` has it."""
@@ -78,17 +78,31 @@ class EnvGroup:
             self.due[i] = self.mode is AutoresetMode.NEXT_STEP
         return outcome
 
-    def call(self, name: str, *args: Any, **kwargs: Any) -> list[Any]:
-        """The attribute ``name`` of each environment, called with the arguments where it can be called."""
-        found = [getattr(env, name) for env in self.envs]
-        return [value(*args, **kwargs) if callable(value) else value for value in found]
+    def ask(self, question: str, what: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
+        """Answers of the environments in ``what`` to "call", "get_attr" or "set_attr", each with its arguments."""
+        return {i: _QUESTIONS[question](self.envs[i], *args) for i, args in what.items()}
 
-    def set_attr(self, name: str, values: Sequence[Any]) -> None:
-        """Set the attribute ``name`` of each environment to its value."""
-        for env, value in zip(self.envs, values, strict=True):
-            setattr(env, name, value)
+    def call(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], indices: Sequence[int]) -> list[Any]:
+        """The attribute ``name`` of each environment in ``indices``, called where it can be called."""
+        return list(self.ask("call", dict.fromkeys(indices, (name, args, kwargs))).values())
+
+    def get_attr(self, name: str, indices: Sequence[int]) -> list[Any]:
+        """The attribute ``name`` of each environment in ``indices``."""
+        return list(self.ask("get_attr", dict.fromkeys(indices, (name,))).values())
+
+    def set_attr(self, name: str, values: Mapping[int, Any]) -> None:
+        """Set the attribute ``name`` of environments to the values under their indices."""
+        self.ask("set_attr", {i: (name, value) for i, value in values.items()})
 
     def close(self) -> None:
         """Close every environment."""
         for env in self.envs:
             env.close()
+
+
+def _call(env: SISSUnlearnEnv, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    value = getattr(env, name)
+    return value(*args, **kwargs) if callable(value) else value
+
+
+_QUESTIONS: dict[str, Callable[..., Any]] = {"call": _call, "get_attr": getattr, "set_attr": setattr}

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.wrappers.utils import rescale_box
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -30,37 +30,36 @@ class SB3VecEnv(VecEnv):
         if mode is not AutoresetMode.SAME_STEP:
             raise SettingsError(f"stable-baselines3 needs autoreset_mode='SameStep', not {mode.value!r}")
         self.env, self.rescale_actions = env, rescale_actions
-        own = env.single_action_space
-        action_space = spaces.Box(-1.0, 1.0, own.shape, np.float32) if rescale_actions else own
+        own: Any = env.single_action_space
+        action_space = own
+        if rescale_actions:
+            action_space, _, self._to_lambda = rescale_box(own, np.float32(-1), np.float32(1))
         super().__init__(env.num_envs, env.single_observation_space, action_space)
         self.render_mode = env.render_mode
-        self._actions: NDArray[np.float64] = np.zeros((env.num_envs, 1))
+        self._actions: NDArray[Any] = np.zeros((env.num_envs, 1), dtype=np.float32)
 
     def reset(self) -> NDArray[np.float32]:
         """Begin an episode in every environment, with the seeds of the last :meth:`seed`."""
-        obs, self.reset_infos = self.env.reset_list(seed=self._seeds)
+        options = next((given for given in self._options if given), None)
+        obs, self.reset_infos = self.env.reset_list(seed=self._seeds, options=options)
         self._reset_seeds()
+        self._reset_options()
         return obs
 
     def step_async(self, actions: NDArray[Any]) -> None:
         """Keep the actions ``(N, 1)`` for :meth:`step_wait`."""
-        values = np.asarray(actions, dtype=np.float64)
-        if self.rescale_actions:
-            low, high = self.env.settings.lambda_min, self.env.settings.lambda_max
-            values = low + (values + 1.0) / 2.0 * (high - low)
-        self._actions = values
+        self._actions = self._to_lambda(actions) if self.rescale_actions else actions
 
     def step_wait(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
         """One step of every environment; those that ended have ``terminal_observation`` in their info."""
         obs, rewards, terminated, truncated, infos = self.env.step_list(self._actions)
         dones = terminated | truncated
-        for i in np.flatnonzero(dones):
+        for i in np.flatnonzero(dones).tolist():
             self.reset_infos[i] = infos[i]
-            infos[i] = {
-                **self.reset_infos[i].pop("final_info"),
-                "terminal_observation": self.reset_infos[i].pop("final_obs"),
-                "TimeLimit.truncated": bool(truncated[i] and not terminated[i]),
-            }
+            last, obs_of_last = infos[i].pop("final_info"), infos[i].pop("final_obs")
+            infos[i] = {**last, "terminal_observation": obs_of_last}
+        for i, info in enumerate(infos):
+            info["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
         return obs, rewards.astype(np.float32), dones, infos
 
     def close(self) -> None:
@@ -69,18 +68,15 @@ class SB3VecEnv(VecEnv):
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         """An attribute of the environments named by ``indices`` (None: all)."""
-        return self.env_method(attr_name, indices=indices)
+        return self.env.envs.get_attr(attr_name, list(self._get_indices(indices)))
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Set an attribute of every environment; ``indices`` must be None."""
-        if indices is not None:
-            raise SettingsError(f"indices={indices}: attributes are set on all environments at once")
-        self.env.set_attr(attr_name, [value] * self.num_envs)
+        """Set an attribute of the environments named by ``indices``."""
+        self.env.envs.set_attr(attr_name, dict.fromkeys(self._get_indices(indices), value))
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        """Call a method of every environment; the results of those named by ``indices``."""
-        found = self.env.call(method_name, *args, **kwargs)
-        return [found[i] for i in self._get_indices(indices)]
+        """Call a method of the environments named by ``indices``."""
+        return self.env.envs.call(method_name, args, kwargs, list(self._get_indices(indices)))
 
     def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
         """No environment is wrapped."""

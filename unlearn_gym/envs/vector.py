@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -40,6 +41,7 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
     (:class:`unlearn_gym.stacked.StackedRuns`); ``"serial"``: one after the other in this process; ``"auto"``:
     processes on a CPU, stacked elsewhere, serial for one environment.
     ``num_workers``: worker processes; default: the cores that this process may use, at most ``num_envs``.
+    ``worker_timeout``: seconds after which a worker that has not answered counts as dead (default: never).
     ``autoreset_mode``: gymnasium's ``AutoresetMode`` or its value, ``"NextStep"`` (default), ``"SameStep"`` (with
     ``final_obs`` and ``final_info``) or ``"Disabled"`` (reset with ``options={"reset_mask": ...}``).
 
@@ -58,16 +60,17 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
         *,
         backend: str = "auto",
         num_workers: int | None = None,
+        worker_timeout: float | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         render_mode: str | None = None,
         data_root: str | os.PathLike[str] | None = None,
         download: bool = False,
         **options: Any,
     ) -> None:
-        if num_envs < 1:
-            raise SettingsError(f"num_envs={num_envs} must be at least 1")
-        if num_workers is not None and not 1 <= num_workers <= num_envs:
-            raise SettingsError(f"num_workers={num_workers} must lie in 1..num_envs={num_envs}")
+        if not isinstance(num_envs, int) or num_envs < 1:
+            raise SettingsError(f"num_envs={num_envs!r} must be a whole number of at least 1")
+        if num_workers is not None and not (isinstance(num_workers, int) and 1 <= num_workers <= num_envs):
+            raise SettingsError(f"num_workers={num_workers!r} must lie in 1..num_envs={num_envs}")
         if backend not in BACKENDS:
             raise SettingsError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
         mode = _parse_mode(autoreset_mode)
@@ -87,6 +90,7 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
             self.envs: EnvGroup | WorkerPool = WorkerPool(
                 first, self._data_root, made, num_envs, mode,
                 num_workers=workers, threads=max(1, cores // workers), draw_seed=self._draw_seed,
+                timeout=worker_timeout,
             )  # fmt: skip
         else:
             rest = [SISSUnlearnEnv(task, data_root=data_root, **made) for _ in range(num_envs - 1)]
@@ -97,11 +101,16 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
     def _choose(self, backend: str, num_workers: int | None) -> str:
         if num_workers is not None and backend not in ("auto", "processes"):
             raise SettingsError(f"num_workers={num_workers} goes with backend='processes', not {backend!r}")
+        within_a_pool = multiprocessing.current_process().daemon
+        if within_a_pool and (backend == "processes" or num_workers is not None):
+            raise SettingsError("a daemonic process can start no workers; use backend='serial' here")
         if backend != "auto" or num_workers is not None:
             return backend if backend != "auto" else "processes"
-        if self.num_envs == 1:
+        if self.num_envs == 1 or within_a_pool:
             return "serial"
-        return "processes" if torch.device(self.settings.device).type == "cpu" else "stacked"
+        if torch.device(self.settings.device).type == "cpu":
+            return "processes"
+        return "stacked" if self.settings.norms_period == 1 else "serial"
 
     def _draw_seed(self) -> int:
         return int(self.np_random.integers(2**32))
@@ -123,7 +132,9 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
         if mask.shape != (self.num_envs,) or mask.dtype != np.bool_ or not mask.any():
             raise SettingsError(f"reset_mask={mask} must be {self.num_envs} booleans, at least one of them True")
         seeds = self._spread(seed)
-        found = self.envs.reset({i: seeds[i] for i in range(self.num_envs) if mask[i]}, options or None)
+        asked = {i: seeds[i] for i in range(self.num_envs) if mask[i]}
+        self._needs_reset[list(asked)] = True
+        found = self.envs.reset(asked, options or None)
         self._obs = self._obs.copy()
         for i, (obs, _) in found.items():
             self._obs[i], self._needs_reset[i] = obs, False
@@ -134,11 +145,19 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
         if seed is None:
             return [None] * self.num_envs
         if isinstance(seed, int | np.integer):
+            seeds: list[Any] = [int(seed) + i for i in range(self.num_envs)]
+        elif isinstance(seed, list | tuple | np.ndarray):
+            seeds = [int(one) if isinstance(one, np.integer) else one for one in seed]
+        else:
+            raise SettingsError(f"seed={seed!r} must be a whole number, or a list of one for each environment")
+        if len(seeds) != self.num_envs:
+            raise SettingsError(f"{len(seeds)} seeds for {self.num_envs} environments; give one for each")
+        for one in seeds:
+            if one is not None and (not isinstance(one, int) or one < 0):
+                raise SettingsError(f"seed={one!r} must be a whole number of at least 0, or None")
+        if isinstance(seed, int | np.integer):
             super().reset(seed=int(seed))  # for what this class draws itself
-            return [int(seed) + i for i in range(self.num_envs)]
-        if len(seed) != self.num_envs:
-            raise SettingsError(f"{len(seed)} seeds for {self.num_envs} environments; give one for each")
-        return list(seed)
+        return seeds
 
     def step(self, actions: NDArray[np.float32]) -> tuple[NDArray[np.float32], Array, Array, Array, dict[str, Any]]:
         """One step of every environment; ``actions (N, 1)``, or ``(N,)``."""
@@ -151,7 +170,13 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
         if self._needs_reset.any():
             indices = np.flatnonzero(self._needs_reset).tolist()
             raise gym.error.ResetNeeded(f"environments {indices} have no episode; call reset() before the next step")
-        obs, rewards, terminated, truncated, infos = zip(*self.envs.step(self._parse(actions)), strict=True)
+        lambdas = self._parse(actions)
+        try:
+            outcomes = self.envs.step(lambdas)
+        except BaseException:  # an interrupt, too: some environments may have stepped
+            self._needs_reset[:] = True
+            raise
+        obs, rewards, terminated, truncated, infos = zip(*outcomes, strict=True)
         self._obs = np.stack(obs)
         if self.metadata["autoreset_mode"] is AutoresetMode.DISABLED:
             self._needs_reset = np.array(terminated) | np.array(truncated)
@@ -182,11 +207,12 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """The attribute ``name`` of every environment, called with the arguments where it can be called."""
         self._check_open()
-        return tuple(self.envs.call(name, *args, **kwargs))
+        return tuple(self.envs.call(name, args, kwargs, range(self.num_envs)))
 
     def get_attr(self, name: str) -> tuple[Any, ...]:
         """The attribute ``name`` of every environment."""
-        return self.call(name)
+        self._check_open()
+        return tuple(self.envs.get_attr(name, range(self.num_envs)))
 
     def set_attr(self, name: str, values: Any) -> None:
         """Set the attribute ``name`` of each environment to its of ``values``, or all to the one value."""
@@ -194,7 +220,7 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
         spread = list(values) if isinstance(values, list | tuple) else [values] * self.num_envs
         if len(spread) != self.num_envs:
             raise SettingsError(f"{len(spread)} values for {self.num_envs} environments; give one for each")
-        self.envs.set_attr(name, spread)
+        self.envs.set_attr(name, dict(enumerate(spread)))
 
     def render(self) -> tuple[Any, ...]:
         """A frame of every environment, see :meth:`SISSUnlearnEnv.render`."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing
+import shutil
 import signal
 import sys
 import tempfile
+import threading
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
@@ -26,7 +29,7 @@ from numpy.typing import NDArray
 
 from unlearn_gym.envs.group import EnvGroup, Outcome, Reset, finished
 from unlearn_gym.envs.siss_unlearn import SISSUnlearnEnv
-from unlearn_gym.errors import UnlearnGymError, WorkerError
+from unlearn_gym.errors import UnlearnGymError, WorkerError, error_line
 from unlearn_gym.tasks import Task, TaskData, provide_data, register_task, task_names
 
 PRELOADED = [__name__, "torch._dynamo"]
@@ -55,20 +58,25 @@ class WorkerDied(Exception):
 def serve(connection: Connection, pickled: bytes, size: int) -> None:
     """A worker's life: make ``size`` environments, then answer until the other end hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
+    try:
+        plan = cloudpickle.loads(pickled)
+        group = _make_group(plan, size)
+    except Exception as error:
+        connection.send((0, False, _portable(error)))
+        return
     with contextlib.suppress(EOFError, OSError):
-        try:
-            group = _make_group(cloudpickle.loads(pickled), size)
-        except Exception as error:
-            connection.send((0, False, _portable(error)))
-            return
         connection.send((0, True, None))
         while True:
-            ticket, name, args, kwargs = connection.recv()
+            ticket, name, message = connection.recv()
+            if name == "close":
+                return
             try:
+                args, kwargs = cloudpickle.loads(message)
                 answer = ForkingPickler.dumps((ticket, True, getattr(group, name)(*args, **kwargs)))
             except Exception as error:
                 answer = ForkingPickler.dumps((ticket, False, _portable(error)))
             connection.send_bytes(answer)
+    shutil.rmtree(plan.shared.parent, ignore_errors=True)  # a parent that was killed could not do it
 
 
 def _make_group(plan: WorkerPlan, size: int) -> EnvGroup:
@@ -84,6 +92,8 @@ def _make_group(plan: WorkerPlan, size: int) -> EnvGroup:
 
 def _portable(error: Exception) -> Exception:
     """The package's and gymnasium's own errors as they are, others by type and message."""
+    if isinstance(error, AttributeError):
+        return AttributeError(str(error))  # what asks for an attribute expects it
     if isinstance(error, UnlearnGymError | gym.error.Error):
         return error
     return WorkerError(f"a worker failed: {type(error).__name__}: {error}")
@@ -94,25 +104,30 @@ def _hidden_main() -> Iterator[None]:
     """Start processes that do not import the caller's script again: they need nothing of it, and a script
     without ``if __name__ == "__main__"`` would start workers of its own there.
     """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+    with _MAIN_LOCK:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+
+
+_MAIN_LOCK = threading.Lock()
 
 
 class Worker:
-    """One process and the pipe to it."""
+    """One process and the pipe to it. ``timeout``: seconds within which it must answer (None: any time)."""
 
-    def __init__(self, pickled: bytes, indices: range) -> None:
-        self.indices = indices
+    def __init__(self, pickled: bytes, indices: range, timeout: float | None = None) -> None:
+        self.indices, self.timeout = indices, timeout
         self.deaths = 0
         self._ticket = 0
         methods = multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:
             context.set_forkserver_preload(PRELOADED)
+            forkserver.ensure_running()  # takes seconds, the first time: not while the main module is hidden
         self.connection, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(  # type: ignore[attr-defined]
             target=serve, args=(theirs, pickled, len(indices)), daemon=True
@@ -121,13 +136,16 @@ class Worker:
             self.process.start()
         theirs.close()
 
-    def send(self, name: str, *args: Any, **kwargs: Any) -> None:
-        """Ask for ``name`` of the worker's group; a process that is gone shows when the answer is awaited."""
+    def send(self, name: str, message: bytes) -> None:
+        """Ask for ``name`` of the worker's group with the arguments in ``message`` (:func:`arguments`).
+
+        A process that is gone shows when the answer is awaited.
+        """
         self._ticket += 1
         with contextlib.suppress(OSError):
-            self.connection.send((self._ticket, name, args, kwargs))
+            self.connection.send((self._ticket, name, message))
 
-    def receive(self) -> Any:
+    def receive(self, *, starting: bool = False) -> Any:
         """The answer to the last question, or the error that the worker raised; raises :class:`WorkerDied`.
 
         Answers to earlier questions, which an interrupt kept from being received, are dropped.
@@ -135,6 +153,9 @@ class Worker:
         ticket = -1
         while ticket != self._ticket:
             try:
+                if not starting and not self.connection.poll(self.timeout):
+                    self.process.kill()
+                    raise WorkerDied
                 ticket, succeeded, answer = self.connection.recv()
             except (EOFError, OSError):
                 raise WorkerDied from None
@@ -142,9 +163,13 @@ class Worker:
             raise answer
         return answer
 
-    def stop(self) -> None:
-        """End the process, by force where it does not end by itself."""
+    def farewell(self) -> None:
+        """Let the process end; it may hold the only end of the pipe that a hang-up would not reach."""
+        self.send("close", b"")
         self.connection.close()
+
+    def join(self) -> None:
+        """Wait for the end, and force it where it does not come."""
         self.process.join(timeout=5)
         if self.process.is_alive():
             self.process.kill()
@@ -154,9 +179,18 @@ class Worker:
         """How the process ended."""
         self.process.join(timeout=5)
         code = self.process.exitcode
-        if code is not None and code < 0:
-            return f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -9 else "")
-        return f"exit status {code}"
+        if code is None or code >= 0:
+            return f"exit status {code}"
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:  # a real-time signal
+            name = f"signal {-code}"
+        return f"killed by {name}" + (" (out of memory, or no answer in time?)" if code == -9 else "")
+
+
+def arguments(*args: Any, **kwargs: Any) -> bytes:
+    """The arguments of a question, whatever they hold, objects of the caller's script included."""
+    return bytes(cloudpickle.dumps((args, kwargs)))
 
 
 class WorkerPool:
@@ -165,7 +199,7 @@ class WorkerPool:
     Data and start weights are written once to a file that every worker maps into its memory. A worker that
     dies is reported by a warning and replaced: episodes of its environments end as truncated, with
     ``info["worker_died"]``, and the next ones begin from a seed of ``draw_seed``; the other environments
-    go on. After three deaths in a row without a finished step, :class:`WorkerError`.
+    go on. After three deaths in a row without a finished step, :class:`WorkerError`. It cannot be copied.
     """
 
     def __init__(
@@ -179,32 +213,45 @@ class WorkerPool:
         num_workers: int,
         threads: int,
         draw_seed: Callable[[], int],
+        timeout: float | None = None,
     ) -> None:
-        self.mode, self.draw_seed = mode, draw_seed
-        self._folder = tempfile.TemporaryDirectory(prefix="unlearn_gym-")
+        self.mode, self.draw_seed, self.timeout = mode, draw_seed, timeout
+        self._folder = tempfile.TemporaryDirectory(prefix="unlearn_gym-", ignore_cleanup_errors=True)
         shared = Path(self._folder.name) / "shared.safetensors"
         template.run.data.save(shared, start_vector=template.start_vector)
-        self._pickled = cloudpickle.dumps(WorkerPlan(template.task, data_root, options, mode, threads, shared))
+        plan = WorkerPlan(template.task, data_root, options, mode, threads, shared)
+        try:
+            self._pickled = cloudpickle.dumps(plan)
+        except Exception as error:
+            reason = f"task {template.task.name!r} cannot be sent to worker processes ({error_line(error)})"
+            raise WorkerError(f"{reason}; use backend='serial'") from None
         self._last: list[NDArray[np.float32]] = [
             np.zeros(template.observation_space.shape, np.float32) for _ in range(num_envs)
         ]
+        self._ended = [False] * num_envs
+        self._orphans: dict[int, str] = {}
         bounds = np.linspace(0, num_envs, num_workers + 1).round().astype(int).tolist()
         slices = [range(start, stop) for start, stop in itertools.pairwise(bounds)]
         self.workers: list[Worker] = []
         try:
             for indices in slices:
-                self.workers.append(Worker(self._pickled, indices))
+                self.workers.append(Worker(self._pickled, indices, timeout))
             for worker in self.workers:
                 self._await_start(worker)
         except BaseException:
             self.close()
             raise
 
+    def __reduce__(self) -> Any:
+        raise WorkerError("environments in worker processes cannot be copied or pickled; use backend='serial'")
+
     def _await_start(self, worker: Worker) -> None:
         try:
-            worker.receive()
+            worker.receive(starting=True)
         except WorkerDied:
-            raise WorkerError(f"a worker process did not start: {worker.describe_end()}; try fewer num_envs") from None
+            end = worker.describe_end()
+            remedy = "; try fewer num_envs" if "memory" in end else ""
+            raise WorkerError(f"a worker process did not start: {end}{remedy}") from None
 
     def reset(self, seeds: Mapping[int, int | None], options: dict[str, Any] | None = None) -> dict[int, Reset]:
         """Begin an episode in each environment that ``seeds`` names by its index."""
@@ -213,21 +260,29 @@ class WorkerPool:
             own = {i - worker.indices.start: seeds[i] for i in worker.indices if i in seeds}
             if own:
                 asked[number] = own
-                worker.send("reset", own, options)
+                worker.send("reset", arguments(own, options))
         found: dict[int, Reset] = {}
         for number, answer in self._answers(asked).items():
-            own = asked[number]
             if isinstance(answer, WorkerDied):
-                answer = self._replace(number, {i: self.draw_seed() if s is None else s for i, s in own.items()})
+                answer = self._reset_after_death(number, asked[number])
             found |= {i + self.workers[number].indices.start: reset for i, reset in answer.items()}
         for i, (obs, _) in found.items():
-            self._last[i] = obs
+            self._last[i], self._ended[i] = obs, False
+            self._orphans.pop(i, None)
         return found
+
+    def _reset_after_death(self, number: int, own: Mapping[int, int | None]) -> dict[int, Reset]:
+        """Resets that were asked of a worker that died; the others' episodes are reported lost at the next step."""
+        worker = self.workers[number]
+        end = f"worker {number} died: {worker.describe_end()}"
+        fresh = self._replace(number, own)
+        self._orphans |= {i: end for i in worker.indices if i - worker.indices.start not in own}
+        return {i: fresh[i] for i in own}
 
     def step(self, lambdas: Sequence[float]) -> list[Outcome]:
         """One step of every environment, all workers at once."""
         for worker in self.workers:
-            worker.send("step", [lambdas[i] for i in worker.indices])
+            worker.send("step", arguments([lambdas[i] for i in worker.indices]))
         outcomes: list[Outcome] = []
         for number, answer in self._answers(range(len(self.workers))).items():
             if isinstance(answer, WorkerDied):
@@ -235,10 +290,14 @@ class WorkerPool:
             else:
                 self.workers[number].deaths = 0
             outcomes += answer
+        for i, end in self._orphans.items():
+            outcomes[i] = self._truncate(i, end, self._reset_one(i))
+        self._orphans = {}
         self._last = [outcome.obs for outcome in outcomes]
+        self._ended = [outcome.terminated or outcome.truncated for outcome in outcomes]
         return outcomes
 
-    def _answers(self, numbers: Any) -> dict[int, Any]:
+    def _answers(self, numbers: Iterable[int]) -> dict[int, Any]:
         """The answer of each worker asked; an error is raised only after all have answered."""
         answers: dict[int, Any] = {}
         errors: list[Exception] = []
@@ -257,51 +316,84 @@ class WorkerPool:
         """Outcomes of the environments of a worker that died: truncated episodes, and new ones begun."""
         worker = self.workers[number]
         end = f"worker {number} died: {worker.describe_end()}"
-        fresh = self._replace(number, {i: self.draw_seed() for i in range(len(worker.indices))})
-        last = [Outcome(self._last[i], 0.0, False, True, {"worker_died": end}) for i in worker.indices]
+        fresh = self._replace(number, {})
+        return [self._truncate(i, end, fresh[i - worker.indices.start]) for i in worker.indices]
+
+    def _truncate(self, i: int, end: str, fresh: Reset) -> Outcome:
+        """What the step shows of environment ``i``, whose episode was lost and which has begun a new one."""
+        if self.mode is AutoresetMode.NEXT_STEP and self._ended[i]:  # it was to begin a new one in this step
+            return Outcome(fresh[0], 0.0, False, False, fresh[1])
+        last = Outcome(self._last[i], 0.0, False, True, {"worker_died": end})
         if self.mode is AutoresetMode.SAME_STEP:
-            return [finished(outcome, fresh[i]) for i, outcome in enumerate(last)]
+            return finished(last, fresh)
         if self.mode is AutoresetMode.NEXT_STEP:
-            self.workers[number].send("begin_at_next_step")
-            self.workers[number].receive()
+            self._ask_one(i, "begin_at_next_step")
         return last
 
+    def _reset_one(self, i: int) -> Reset:
+        (fresh,) = self._ask_one(i, "reset", {self._local(i): None}).values()
+        return fresh
+
+    def _ask_one(self, i: int, name: str, *args: Any) -> Any:
+        """Ask for ``name`` of the group that environment ``i`` is in, by its index there unless ``args`` say more."""
+        worker = next(worker for worker in self.workers if i in worker.indices)
+        worker.send(name, arguments(*(args or (self._local(i),))))
+        return worker.receive()
+
+    def _local(self, i: int) -> int:
+        return i - next(worker for worker in self.workers if i in worker.indices).indices.start
+
     def _replace(self, number: int, seeds: Mapping[int, int | None]) -> dict[int, Reset]:
-        """Start a new worker in place of a dead one and begin episodes in its environments."""
+        """Start a new worker in place of a dead one and begin episodes in its environments, from ``seeds`` if there."""
         old = self.workers[number]
         end, names = old.describe_end(), ", ".join(map(str, old.indices))
-        old.stop()
-        if old.deaths + 1 >= MAX_DEATHS:
+        old.connection.close()
+        deaths, old.deaths = old.deaths + 1, 0
+        if deaths >= MAX_DEATHS:
             raise WorkerError(f"worker {number} (environments {names}) died {MAX_DEATHS} times in a row: {end}")
         gym.logger.warn(f"worker {number} died: {end}; environments {names} begin new episodes in a new process")
-        new = self.workers[number] = Worker(self._pickled, old.indices)
-        new.deaths = old.deaths + 1
+        new = self.workers[number] = Worker(self._pickled, old.indices, self.timeout)
+        new.deaths = deaths
         self._await_start(new)
-        new.send("reset", {i: seeds[i] if i in seeds else self.draw_seed() for i in range(len(new.indices))})
-        return {i: reset for i, reset in new.receive().items() if i in seeds}
+        own = {i: seeds.get(i) for i in range(len(new.indices))}
+        new.send("reset", arguments({i: self.draw_seed() if seed is None else seed for i, seed in own.items()}))
+        fresh: dict[int, Reset] = new.receive()
+        return fresh
 
-    def call(self, name: str, *args: Any, **kwargs: Any) -> list[Any]:
-        """The attribute ``name`` of every environment, called with the arguments where it can be called."""
-        for worker in self.workers:
-            worker.send("call", name, *args, **kwargs)
-        return [value for answer in self._living_answers() for value in answer]
+    def call(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], indices: Sequence[int]) -> list[Any]:
+        """The attribute ``name`` of each environment in ``indices``, called where it can be called."""
+        return self._ask("call", dict.fromkeys(indices, (name, args, kwargs)))
 
-    def set_attr(self, name: str, values: Sequence[Any]) -> None:
-        """Set the attribute ``name`` of each environment to its value."""
-        for worker in self.workers:
-            worker.send("set_attr", name, [values[i] for i in worker.indices])
-        self._living_answers()
+    def get_attr(self, name: str, indices: Sequence[int]) -> list[Any]:
+        """The attribute ``name`` of each environment in ``indices``."""
+        return self._ask("get_attr", dict.fromkeys(indices, (name,)))
 
-    def _living_answers(self) -> list[Any]:
-        answers = self._answers(range(len(self.workers)))
-        for number, answer in answers.items():
+    def set_attr(self, name: str, values: Mapping[int, Any]) -> None:
+        """Set the attribute ``name`` of environments to the values under their indices."""
+        self._ask("set_attr", {i: (name, value) for i, value in values.items()})
+
+    def _ask(self, question: str, what: Mapping[int, tuple[Any, ...]]) -> list[Any]:
+        """Answers of the environments in ``what``; nothing is sent before everything is known to be picklable."""
+        messages = {}
+        for number, worker in enumerate(self.workers):
+            own = {i - worker.indices.start: what[i] for i in worker.indices if i in what}
+            if own:
+                messages[number] = arguments(question, own)
+        for number, message in messages.items():
+            self.workers[number].send("ask", message)
+        found: dict[int, Any] = {}
+        for number, answer in self._answers(messages).items():
+            worker = self.workers[number]
             if isinstance(answer, WorkerDied):
-                end = self.workers[number].describe_end()
+                end = worker.describe_end()
                 raise WorkerError(f"worker {number} died: {end}; the next step or reset replaces it")
-        return list(answers.values())
+            found |= {i + worker.indices.start: value for i, value in answer.items()}
+        return [found[i] for i in what]
 
     def close(self) -> None:
         """End all workers and remove the shared file."""
         for worker in self.workers:
-            worker.stop()
+            worker.farewell()
+        for worker in self.workers:
+            worker.join()
         self._folder.cleanup()

@@ -48,10 +48,11 @@ class SB3Policy:
         except Exception as error:  # sb3 raises whatever unpickling raises
             raise PolicyError(f"stable-baselines3 cannot load {path} ({error}); retrain or re-export it") from None
         observation, action = self.agent.observation_space, self.agent.action_space
-        if observation.shape != OBSERVATION_SHAPE or action.shape != (1,):
+        expected = (len(context.observation_low),) if context.observation_low else OBSERVATION_SHAPE
+        if observation.shape != expected or action.shape != (1,):
             raise PolicyError(
-                f"{path} was trained on observations {observation.shape} and actions {action.shape}, "
-                f"SISSUnlearn-v0 has {OBSERVATION_SHAPE} and (1,); train it on this environment"
+                f"{path} was trained on observations {observation.shape} and actions {action.shape}, this environment "
+                f"has {expected} and (1,) (grad_norms='every:k' adds an entry); train it on this environment"
             )
         bounds = (tuple(observation.low.tolist()), tuple(observation.high.tolist()))
         if context.observation_low and bounds != (context.observation_low, context.observation_high):
