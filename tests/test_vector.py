@@ -435,6 +435,7 @@ def test_a_bad_action_is_named_before_anything_steps(make_vec, backend, bad, mes
         ({"max_episode_steps": 5}, SettingsError, "vectorization_mode='sync'; horizon="),
         ({"backend": "threads"}, SettingsError, "backend='threads' must be one of"),
         ({"num_workers": 2, "backend": "serial"}, SettingsError, "goes with backend='processes', not 'serial'"),
+        ({"worker_timeout": 0}, SettingsError, "worker_timeout=0 must be a number of seconds above 0"),
         ({"num_workers": 4}, SettingsError, r"num_workers=4 must lie in 1..num_envs=3"),
         ({"autoreset_mode": "never"}, SettingsError, "autoreset_mode='never' must be one of 'NextStep'"),
         ({"horizont": 3}, SettingsError, "did you mean 'horizon'"),
@@ -463,8 +464,10 @@ def test_bad_resets_are_named(make_vec):
     assert not env.step(actions(0))[0][:, 5].std()
     with pytest.raises(SettingsError, match="reset_mask"):
         env.reset(options={"reset_mask": np.array([1, 0, 1])})
+    env.reset(seed=0)
     with pytest.raises(SettingsError, match="unknown reset options"):
-        env.reset(options={"instance": 3})
+        env.reset(seed=1, options={"instance": 3})
+    env.step(actions(0))
     assert env.reset(seed=[4, None, 6])[0].shape == (N, 6)
 
 

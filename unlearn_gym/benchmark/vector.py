@@ -22,7 +22,8 @@ from unlearn_gym.benchmark.figures import Figure
 from unlearn_gym.benchmark.step import ENDLESS, make_env, stepping
 from unlearn_gym.benchmark.timing import repeated, take_turns, threads
 from unlearn_gym.envs import SISSUnlearnVectorEnv
-from unlearn_gym.envs.workers import PRELOADED, WorkerPool
+from unlearn_gym.envs.pool import WorkerPool
+from unlearn_gym.envs.workers import PRELOADED
 
 OURS, ONE = "ours", "one"
 

@@ -152,9 +152,9 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """Restore the pretrained model and seed the run; no option is known yet."""
-        super().reset(seed=seed)
         if options:
             raise SettingsError(f"unknown reset options {sorted(options)}; this environment takes none")
+        super().reset(seed=seed)
         s = self.settings
         self.run.restore(self._start)
         self.run.seed(int(self.np_random.integers(2**32)))

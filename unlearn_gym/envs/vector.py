@@ -16,8 +16,8 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from unlearn_gym.envs.group import EnvGroup
+from unlearn_gym.envs.pool import WorkerPool
 from unlearn_gym.envs.siss_unlearn import SISSUnlearnEnv, parse_action
-from unlearn_gym.envs.workers import WorkerPool
 from unlearn_gym.errors import ActionError, SettingsError
 from unlearn_gym.tasks import resolve_data_root
 
@@ -67,10 +67,12 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
         download: bool = False,
         **options: Any,
     ) -> None:
-        if not isinstance(num_envs, int) or num_envs < 1:
+        if not isinstance(num_envs, int | np.integer) or num_envs < 1:
             raise SettingsError(f"num_envs={num_envs!r} must be a whole number of at least 1")
-        if num_workers is not None and not (isinstance(num_workers, int) and 1 <= num_workers <= num_envs):
+        if num_workers is not None and not (isinstance(num_workers, int | np.integer) and 1 <= num_workers <= num_envs):
             raise SettingsError(f"num_workers={num_workers!r} must lie in 1..num_envs={num_envs}")
+        if worker_timeout is not None and not worker_timeout > 0:
+            raise SettingsError(f"worker_timeout={worker_timeout!r} must be a number of seconds above 0, or None")
         if backend not in BACKENDS:
             raise SettingsError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
         mode = _parse_mode(autoreset_mode)
@@ -133,8 +135,13 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
             raise SettingsError(f"reset_mask={mask} must be {self.num_envs} booleans, at least one of them True")
         seeds = self._spread(seed)
         asked = {i: seeds[i] for i in range(self.num_envs) if mask[i]}
+        before = self._needs_reset.copy()
         self._needs_reset[list(asked)] = True
-        found = self.envs.reset(asked, options or None)
+        try:
+            found = self.envs.reset(asked, options or None)
+        except SettingsError:  # raised before any environment changed
+            self._needs_reset = before
+            raise
         self._obs = self._obs.copy()
         for i, (obs, _) in found.items():
             self._obs[i], self._needs_reset[i] = obs, False
