@@ -26,7 +26,7 @@ def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["compare", "--option", "horizont=3"], "did you mean 'horizon'"),
         (["compare", "--option", "horizon"], "must be name=value"),
         (["compare", "--option", "horizon=3", "--option", "horizon=4"], "each name once"),
-        (["compare", "--option", "task=x"], "unknown option 'task'"),
+        (["compare", "--option", "task=x"], "'task' is no run setting"),
         (["compare", "--first-seed", "-1"], "seed -1 is negative"),
         (["bench", "--items", "0"], "unknown item '0'"),
         (["bench", "--device", "gpu"], "device='gpu'"),
