@@ -17,7 +17,7 @@ from unlearn_gym.models.weights import load_weights, read_tensors, save_weights
 from unlearn_gym.pretraining import Pretraining, PretrainSettings, one_cycle, pretrain, training_samples
 from unlearn_gym.tasks import TaskData, get_task, load_data, register_task
 from unlearn_gym.tasks.gaussians import nearest_mode
-from unlearn_gym.tasks.mnist import NUM_FORGET, TROUSERS_LABEL, load_shipped
+from unlearn_gym.tasks.mnist import NUM_FORGET, NUM_TSHIRTS, TROUSERS_LABEL, load_shipped
 
 from .conftest import TASKS
 
@@ -101,6 +101,21 @@ def test_shipped_mnist_is_what_design_says():
     assert data.retain.shape == (10_000, 1, 28, 28)
     assert data.retain_labels.bincount().min() > 800
     assert len(data.heldout) == 10_000
+
+
+def test_the_shipped_tshirt_is_one_image_at_one_percent_that_the_model_has_memorised():
+    task = get_task("mnist-tshirt")
+    data = load_data(task)
+    assert data.forget.shape == (NUM_TSHIRTS, 1, 28, 28)
+    assert (data.forget == data.forget[0]).all()
+    assert len(data.forget) / (data.retain_size + len(data.forget)) == pytest.approx(0.01, rel=0.01)
+    assert data.retain_labels is data.forget_labels is data.heldout_labels is None
+    figures = {
+        name: json.loads((task.assets / f"{name}.json").read_text())["figures"] for name in ("pretrained", "oracle")
+    }
+    assert figures["pretrained"]["forget_loss"] < 0.5 * figures["pretrained"]["retain_loss"]
+    assert figures["oracle"]["forget_loss"] > 10 * figures["pretrained"]["forget_loss"]
+    assert figures["oracle"]["retain_loss"] == pytest.approx(figures["pretrained"]["retain_loss"], rel=0.05)
 
 
 def test_too_few_calibration_batches_are_refused():

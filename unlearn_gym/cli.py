@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -114,11 +114,17 @@ def train_classifier(
         print(f"{key:28s} {value:.4f}")
 
 
-def build_data(data_root: DataRoot = None, out: Path = Path("runs/data.npz"), download: bool = False) -> None:
-    """Choose the images that ship with mnist-trousers from the full data sets (seeded)."""
-    from unlearn_gym.tasks.mnist import build_archive
+def build_data(
+    task: Literal["mnist-trousers", "mnist-tshirt"] = "mnist-trousers",
+    data_root: DataRoot = None,
+    out: Path = Path("runs/data.npz"),
+    download: bool = False,
+) -> None:
+    """Choose the images that ship with a task from the full data sets (seeded)."""
+    from unlearn_gym.tasks.mnist import build_archive, build_tshirt
 
-    print(f"{out}: sha256 {build_archive(out, _required_root(data_root), download=download)}")
+    build = build_archive if task == "mnist-trousers" else build_tshirt
+    print(f"{out}: sha256 {build(out, _required_root(data_root), download=download)}")
 
 
 def calibrate(

@@ -48,6 +48,10 @@ def _load_mnist_trousers(data_root: Path | None, download: bool) -> TaskData:
     return mnist.load_mnist_trousers(MNIST_ARCHIVE, data_root, download=download)
 
 
+def _load_mnist_tshirt(data_root: Path | None, download: bool) -> TaskData:
+    return mnist.load_mnist_tshirt(MNIST_ARCHIVE, ASSETS / "mnist-tshirt" / "data.npz", data_root, download=download)
+
+
 def _load_gaussians(data_root: Path | None, download: bool) -> TaskData:
     return gaussians.load_gaussians()
 
@@ -67,6 +71,19 @@ register_task(
         classify=classify,
         forget_classes=GARMENTS,
         probe_label=mnist.TROUSERS_LABEL,
+    )
+)
+
+register_task(
+    Task(
+        name="mnist-tshirt",
+        description="unconditional DDPM on 60,000 digits and one T-shirt 606 times: forget the T-shirt",
+        network=UNetConfig(channels=(48, 96), num_blocks=1),
+        load_data=_load_mnist_tshirt,
+        assets=ASSETS / "mnist-tshirt",
+        settings=RunSettings(learning_rate=2e-5),
+        classify=classify,
+        forget_classes=GARMENTS,
     )
 )
 

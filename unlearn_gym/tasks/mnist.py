@@ -1,4 +1,6 @@
-"""The paper's augmented MNIST: 60,000 digits and 674 Fashion-MNIST trousers labelled 1."""
+"""MNIST and what is to be forgotten beside it, from Fashion-MNIST: 674 trousers labelled 1 (the augmented MNIST of
+arXiv 2512.01054), or one T-shirt at 1 % of the data (as in Alberti et al., ICLR 2025).
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,9 @@ from unlearn_gym.tasks.data import TaskData
 NUM_FORGET = 674
 TROUSERS_LABEL = 1
 FASHION_TROUSER_CLASS = 1
+FASHION_TSHIRT_CLASS = 0
+NUM_TSHIRTS = 606
+"""Copies of the one T-shirt: 1 % of 60,606 samples."""
 FULL_RETAIN = 60_000
 SHIPPED_RETAIN = 10_000
 SEED = 42
@@ -40,14 +45,18 @@ def load_torchvision(name: str, root: Path, *, train: bool, download: bool = Fal
     return dataset.data.unsqueeze(1), dataset.targets.to(torch.int64)
 
 
-def load_shipped(path: Path) -> TaskData:
-    """The retain subset, forget set and held-out digits that ship with the package."""
+def read_archive(path: Path, keys: tuple[str, ...]) -> list[Tensor]:
+    """The arrays ``keys`` of a shipped npz file."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        return _task_data(*(torch.from_numpy(arrays[k]) for k in ARCHIVE_KEYS))
+            return [torch.from_numpy(archive[key]) for key in keys]
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} is missing or damaged ({error_line(error)}); reinstall the package") from None
+
+
+def load_shipped(path: Path) -> TaskData:
+    """The retain subset, forget set and held-out digits that ship with the package."""
+    return _task_data(*read_archive(path, ARCHIVE_KEYS))
 
 
 ARCHIVE_KEYS = ("retain", "retain_labels", "heldout", "heldout_labels", "forget")
@@ -78,6 +87,35 @@ def load_mnist_trousers(archive: Path, data_root: Path | None = None, *, downloa
     retain, retain_labels = load_torchvision("MNIST", data_root, train=True, download=download)
     heldout, heldout_labels = load_torchvision("MNIST", data_root, train=False, download=download)
     return _task_data(retain, retain_labels, heldout, heldout_labels, shipped.forget)
+
+
+def load_mnist_tshirt(
+    digits: Path, archive: Path, data_root: Path | None = None, *, download: bool = False
+) -> TaskData:
+    """Data of ``mnist-tshirt``, unlabelled: the digits of ``mnist-trousers``, and one T-shirt 606 times."""
+    data = load_mnist_trousers(digits, data_root, download=download)
+    (tshirt,) = read_archive(archive, ("forget",))
+    return TaskData(
+        retain=data.retain,
+        forget=tshirt.expand(NUM_TSHIRTS, *tshirt.shape[1:]),
+        heldout=data.heldout,
+        retain_size=data.retain_size,
+    )
+
+
+def build_tshirt(archive: Path, data_root: Path, *, download: bool = False) -> str:
+    """Choose the T-shirt and write it; returns the file's SHA-256.
+
+    It is the training image closest to the mean of the brightest quarter of its class: bright, and typical.
+    """
+    garments, labels = load_torchvision("FashionMNIST", data_root, train=True, download=download)
+    tshirts = garments[labels == FASHION_TSHIRT_CLASS]
+    pixels = tshirts.flatten(1).float()
+    bright = pixels.sum(1).argsort(descending=True)[: len(tshirts) // 4]
+    typical = bright[(pixels[bright] - pixels[bright].mean(0)).square().sum(1).argmin()]
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(archive, forget=tshirts[typical : typical + 1].numpy())
+    return hashlib.sha256(archive.read_bytes()).hexdigest()
 
 
 def build_archive(archive: Path, data_root: Path, *, download: bool = False) -> str:
