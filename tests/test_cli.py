@@ -21,7 +21,7 @@ def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["compare", "--task", "mnist"], "did you mean 'mnist-trousers'"),
+        (["compare", "--task", "mnist-trouser"], "did you mean 'mnist-trousers'"),
         (["compare", "--policies", "statik:0.5"], "did you mean 'static'"),
         (["compare", "--option", "horizont=3"], "did you mean 'horizon'"),
         (["compare", "--option", "horizon"], "must be name=value"),
