@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +32,27 @@ def finished(outcome: Outcome, fresh: Reset) -> Outcome:
     return outcome._replace(obs=obs, info={**info, "final_obs": outcome.obs, "final_info": outcome.info})
 
 
-class EnvGroup:
+class Asked(ABC):
+    """Environments whose attributes can be asked for, wherever they are."""
+
+    @abstractmethod
+    def ask(self, question: str, what: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
+        """Answers of the environments in ``what`` to "call", "get_attr" or "set_attr", each with its arguments."""
+
+    def call(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], indices: Sequence[int]) -> list[Any]:
+        """The attribute ``name`` of each environment in ``indices``, called where it can be called."""
+        return list(self.ask("call", dict.fromkeys(indices, (name, args, kwargs))).values())
+
+    def get_attr(self, name: str, indices: Sequence[int]) -> list[Any]:
+        """The attribute ``name`` of each environment in ``indices``."""
+        return list(self.ask("get_attr", dict.fromkeys(indices, (name,))).values())
+
+    def set_attr(self, name: str, values: Mapping[int, Any]) -> None:
+        """Set the attribute ``name`` of environments to the values under their indices."""
+        self.ask("set_attr", {i: (name, value) for i, value in values.items()})
+
+
+class EnvGroup(Asked):
     """Environments that share one start, with gymnasium's autoreset; ``stacked`` evaluates their networks as one."""
 
     def __init__(self, envs: Sequence[SISSUnlearnEnv], mode: AutoresetMode, *, stacked: bool = False) -> None:
@@ -79,20 +100,8 @@ class EnvGroup:
         return outcome
 
     def ask(self, question: str, what: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
-        """Answers of the environments in ``what`` to "call", "get_attr" or "set_attr", each with its arguments."""
+        """Answers of the environments in ``what``."""
         return {i: _QUESTIONS[question](self.envs[i], *args) for i, args in what.items()}
-
-    def call(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], indices: Sequence[int]) -> list[Any]:
-        """The attribute ``name`` of each environment in ``indices``, called where it can be called."""
-        return list(self.ask("call", dict.fromkeys(indices, (name, args, kwargs))).values())
-
-    def get_attr(self, name: str, indices: Sequence[int]) -> list[Any]:
-        """The attribute ``name`` of each environment in ``indices``."""
-        return list(self.ask("get_attr", dict.fromkeys(indices, (name,))).values())
-
-    def set_attr(self, name: str, values: Mapping[int, Any]) -> None:
-        """Set the attribute ``name`` of environments to the values under their indices."""
-        self.ask("set_attr", {i: (name, value) for i, value in values.items()})
 
     def close(self) -> None:
         """Close every environment."""

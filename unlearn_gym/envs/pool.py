@@ -6,7 +6,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cloudpickle
 import gymnasium as gym
@@ -14,16 +14,18 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from unlearn_gym.envs.group import Outcome, Reset, finished
+from unlearn_gym.envs.group import Asked, Outcome, Reset, finished
 from unlearn_gym.envs.siss_unlearn import SISSUnlearnEnv
 from unlearn_gym.envs.workers import Worker, WorkerDied, WorkerPlan, arguments
 from unlearn_gym.errors import WorkerError, error_line
+
+Value = TypeVar("Value")
 
 MAX_DEATHS = 3
 """A worker that dies so often without finishing a step in between is not started again."""
 
 
-class WorkerPool:
+class WorkerPool(Asked):
     """The methods of :class:`EnvGroup` over environments in worker processes.
 
     Data and start weights are written once to a file that every worker maps into its memory. A worker that
@@ -75,6 +77,15 @@ class WorkerPool:
     def __reduce__(self) -> Any:
         raise WorkerError("environments in worker processes cannot be copied or pickled; use backend='serial'")
 
+    def _by_worker(self, values: Mapping[int, Value]) -> dict[int, dict[int, Value]]:
+        """``values`` of environments by the number of their worker, under their indices there."""
+        found: dict[int, dict[int, Value]] = {}
+        for number, worker in enumerate(self.workers):
+            own = {i - worker.indices.start: values[i] for i in worker.indices if i in values}
+            if own:
+                found[number] = own
+        return found
+
     def _await_start(self, worker: Worker) -> None:
         try:
             worker.receive(starting=True)
@@ -85,12 +96,9 @@ class WorkerPool:
 
     def reset(self, seeds: Mapping[int, int | None], options: dict[str, Any] | None = None) -> dict[int, Reset]:
         """Begin an episode in each environment that ``seeds`` names by its index."""
-        asked = {}
-        for number, worker in enumerate(self.workers):
-            own = {i - worker.indices.start: seeds[i] for i in worker.indices if i in seeds}
-            if own:
-                asked[number] = own
-                worker.send("reset", arguments(own, options))
+        asked = self._by_worker(seeds)
+        for number, own in asked.items():
+            self.workers[number].send("reset", arguments(own, options))
         found: dict[int, Reset] = {}
         for number, answer in self._answers(asked).items():
             if isinstance(answer, WorkerDied):
@@ -157,21 +165,19 @@ class WorkerPool:
         if self.mode is AutoresetMode.SAME_STEP:
             return finished(last, fresh)
         if self.mode is AutoresetMode.NEXT_STEP:
-            self._ask_one(i, "begin_at_next_step")
+            worker = self._worker_of(i)
+            worker.send("begin_at_next_step", arguments(i - worker.indices.start))
+            worker.receive()
         return last
 
     def _reset_one(self, i: int) -> Reset:
-        (fresh,) = self._ask_one(i, "reset", {self._local(i): None}).values()
+        worker = self._worker_of(i)
+        worker.send("reset", arguments({i - worker.indices.start: None}))
+        (fresh,) = worker.receive().values()
         return fresh
 
-    def _ask_one(self, i: int, name: str, *args: Any) -> Any:
-        """Ask for ``name`` of the group that environment ``i`` is in, by its index there unless ``args`` say more."""
-        worker = next(worker for worker in self.workers if i in worker.indices)
-        worker.send(name, arguments(*(args or (self._local(i),))))
-        return worker.receive()
-
-    def _local(self, i: int) -> int:
-        return i - next(worker for worker in self.workers if i in worker.indices).indices.start
+    def _worker_of(self, i: int) -> Worker:
+        return next(worker for worker in self.workers if i in worker.indices)
 
     def _replace(self, number: int, seeds: Mapping[int, int | None]) -> dict[int, Reset]:
         """Start a new worker in place of a dead one and begin episodes in its environments, from ``seeds`` if there."""
@@ -190,25 +196,9 @@ class WorkerPool:
         fresh: dict[int, Reset] = new.receive()
         return fresh
 
-    def call(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], indices: Sequence[int]) -> list[Any]:
-        """The attribute ``name`` of each environment in ``indices``, called where it can be called."""
-        return self._ask("call", dict.fromkeys(indices, (name, args, kwargs)))
-
-    def get_attr(self, name: str, indices: Sequence[int]) -> list[Any]:
-        """The attribute ``name`` of each environment in ``indices``."""
-        return self._ask("get_attr", dict.fromkeys(indices, (name,)))
-
-    def set_attr(self, name: str, values: Mapping[int, Any]) -> None:
-        """Set the attribute ``name`` of environments to the values under their indices."""
-        self._ask("set_attr", {i: (name, value) for i, value in values.items()})
-
-    def _ask(self, question: str, what: Mapping[int, tuple[Any, ...]]) -> list[Any]:
+    def ask(self, question: str, what: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
         """Answers of the environments in ``what``; nothing is sent before everything is known to be picklable."""
-        messages = {}
-        for number, worker in enumerate(self.workers):
-            own = {i - worker.indices.start: what[i] for i in worker.indices if i in what}
-            if own:
-                messages[number] = arguments(question, own)
+        messages = {number: arguments(question, own) for number, own in self._by_worker(what).items()}
         for number, message in messages.items():
             self.workers[number].send("ask", message)
         found: dict[int, Any] = {}
@@ -218,7 +208,7 @@ class WorkerPool:
                 end = worker.describe_end()
                 raise WorkerError(f"worker {number} died: {end}; the next step or reset replaces it")
             found |= {i + worker.indices.start: value for i, value in answer.items()}
-        return [found[i] for i in what]
+        return {i: found[i] for i in what}
 
     def close(self) -> None:
         """End all workers and remove the shared file."""
