@@ -92,8 +92,8 @@ def test_figures_say_whether_their_goal_is_met():
 def test_sampler_steps_are_judged_by_the_models_that_swap_places_ties_apart():
     finest = {"a": 1.0, "b": 1.01, "c": 2.0, "d": 3.0}
     table = {
-        10: {name: {"kid": v, "fid": v} for name, v in {"a": 1.2, "b": 1.1, "c": 3.5, "d": 3.0}.items()},
-        50: {name: {"kid": v, "fid": v} for name, v in finest.items()},
+        steps: {name: {"feature_kid": v, "feature_fid": v} for name, v in values.items()}
+        for steps, values in ((10, {"a": 1.2, "b": 1.1, "c": 3.5, "d": 3.0}), (50, finest))
     }
     difference, swaps, *_ = evaluation.sampler_figures(table, shipped=10)
     assert difference.value == pytest.approx(1.5 / 2.0)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
 from unlearn_gym.errors import PolicyError, ResultsError, SettingsError
 from unlearn_gym.evaluation.cell import FINETUNE, ORACLE, UNTOUCHED, pack_samples, unpack_samples
-from unlearn_gym.evaluation.comparison import Comparison, default_policies, load_results, run_comparison
-from unlearn_gym.evaluation.metrics import EvaluationSettings
-from unlearn_gym.evaluation.report import paired_rows, per_seed, summary_rows, verdict, write_report
+from unlearn_gym.evaluation.comparison import Comparison, default_policies, run_comparison
+from unlearn_gym.evaluation.judge import EvaluationSettings
+from unlearn_gym.evaluation.report import verdict, write_report
+from unlearn_gym.evaluation.results import Results, load_results, merge_results
+from unlearn_gym.evaluation.store import CellStore
 
 TIMES = ("env_seconds", "policy_seconds", "evaluation_seconds")
 
@@ -21,7 +21,11 @@ def small(policies=("static:0.3", "prior", FINETUNE), seeds=(0, 1), **options) -
 
 
 def without_times(results):
-    return [{k: v for k, v in cell.items() if k not in TIMES} for cell in results["cells"]]
+    cells = [{k: v for k, v in cell.items() if k not in TIMES} for cell in results.cells]
+    for cell in cells:
+        if "probe" in cell:
+            cell["probe"] = {k: v for k, v in cell["probe"].items() if k != "seconds"}
+    return cells
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +54,33 @@ def test_two_processes_give_the_cells_of_one(finished, tmp_path):
 
 
 def test_cells_of_other_settings_are_run_again(finished, tmp_path):
-    run_comparison(small(seeds=(0,)), tmp_path)
-    first = {p.name: json.loads(p.read_text())["key"] for p in (tmp_path / "cells").iterdir()}
-    run_comparison(small(seeds=(0,), learning_rate=1e-3), tmp_path)
-    second = {p.name: json.loads(p.read_text())["key"] for p in (tmp_path / "cells").iterdir()}
-    assert first.keys() == second.keys()
-    assert not set(first.values()) & set(second.values())
+    first = run_comparison(small(seeds=(0,)), tmp_path)
+    second = run_comparison(small(seeds=(0,), learning_rate=1e-3), tmp_path)
+    keys = [{cell["key"] for cell in results.cells} for results in (first, second)]
+    assert not keys[0] & keys[1]
+    assert len(list((tmp_path / "cells").iterdir())) == 10  # and the first ones are kept beside them
 
 
 def test_a_damaged_cell_is_run_again(finished, tmp_path):
     run_comparison(small(seeds=(0,)), tmp_path)
+    (tmp_path / "results.json").unlink()
     next((tmp_path / "cells").iterdir()).write_text("{")
-    assert len(run_comparison(small(seeds=(0,)), tmp_path)["cells"]) == 5
+    assert len(run_comparison(small(seeds=(0,)), tmp_path).cells) == 5
+
+
+def test_a_finished_comparison_resumes_from_its_results_alone(finished, tmp_path):
+    (tmp_path / "results.json").write_bytes((finished[1] / "results.json").read_bytes())
+    again = run_comparison(small(), tmp_path)
+    assert again.cells == finished[0].cells
+    assert not (tmp_path / "cells").exists()
+
+
+def test_comparisons_that_share_a_store_run_no_cell_twice(tmp_path):
+    store, ran = CellStore(tmp_path / "cells"), []
+    run_comparison(small(("prior",), (0,)), tmp_path / "a", store=store)
+    before = {p.name for p in store.folder.iterdir()}
+    run_comparison(small(("prior", "random"), (0,)), tmp_path / "b", store=store, progress=lambda *a: ran.append(a))
+    assert len({p.name for p in store.folder.iterdir()} - before) == 1
 
 
 def test_cells_of_a_changed_agent_or_module_are_run_again(tmp_path, monkeypatch):
@@ -89,10 +108,8 @@ def test_report_holds_every_policy_and_rebuilds_from_the_file(finished, tmp_path
     text = path.read_text()
     for policy in (UNTOUCHED, ORACLE, FINETUNE, "static:0.3", "prior"):
         assert f"| {policy} |" in text
-    for picture in ("front", "lambdas", "samples"):
+    for picture in ("front", "lambdas", "profile", "returns", "samples"):
         assert (tmp_path / f"{picture}.png").stat().st_size > 5000
-    assert len(summary_rows(results)[1]) == 5
-    assert len(paired_rows(results)[1]) == 2
     assert any("Forgot most" in line for line in verdict(results))
 
 
@@ -103,7 +120,7 @@ def test_curves_are_written_for_every_run(finished):
 
 def test_finetuning_draws_no_forget_data(finished):
     results, _ = finished
-    cell = next(c for c in results["cells"] if c["policy"] == FINETUNE)
+    (cell, _) = results.of(FINETUNE)
     assert set(cell["trace"]["lambda_"]) == {0.0}
     assert set(cell["trace"]["forget_multiplier"]) == {0.0}
 
@@ -111,9 +128,9 @@ def test_finetuning_draws_no_forget_data(finished):
 def test_a_diverged_run_is_reported_without_figures(tmp_path):
     comparison = small(("static:0.3",), (0,), optimizer="sgd", learning_rate=1e30, max_grad_norm=None)
     results = run_comparison(comparison, tmp_path)
-    cell = next(c for c in results["cells"] if c["policy"] == "static:0.3")
+    (cell,) = results.of("static:0.3")
     assert cell["diverged"]
-    assert per_seed(results, "static:0.3", "retain_loss") == {}
+    assert results.values("static:0.3", "retain_loss") == {}
     assert "| static:0.3 | 1 | – |" in write_report(results, tmp_path).read_text()
 
 
@@ -149,7 +166,7 @@ def test_a_model_that_the_last_update_blew_up_counts_as_diverged_and_does_not_ra
     comparison = small(("static:0.3",), (0,), horizon=1, optimizer="sgd", learning_rate=1e12, max_grad_norm=None)
     for _ in range(2):  # and the second time is read from the cells
         results = run_comparison(comparison, tmp_path)
-    cell = next(c for c in results["cells"] if c["policy"] == "static:0.3")
+    (cell,) = results.of("static:0.3")
     assert (cell["diverged"], cell["metrics"]) == (True, {})
     assert verdict(results) == ["No policy finished all its runs."]
     write_report(results, tmp_path)
@@ -168,9 +185,54 @@ def test_a_task_of_ones_own_runs_in_other_processes(tmp_path):
 
     register_task(dataclasses.replace(get_task("gaussians-2d"), name="my-gaussians"))
     comparison = dataclasses.replace(small(("static:0.3",), (0,)), task="my-gaussians")
-    assert len(run_comparison(comparison, tmp_path, jobs=2)["cells"]) == 3
+    assert len(run_comparison(comparison, tmp_path, jobs=2).cells) == 3
 
 
 def test_default_policies_leave_out_agents_that_do_not_ship():
     assert {"ppo", FINETUNE} <= set(default_policies("mnist-trousers"))
     assert not {"ppo", "ppo-potential"} & set(default_policies("no-such-task"))
+
+
+def test_probing_a_run_changes_nothing():
+    from unlearn_gym.envs import SISSUnlearnEnv
+    from unlearn_gym.evaluation.episode import run_episode
+    from unlearn_gym.policies.open_loop import StaticPolicy
+
+    env = SISSUnlearnEnv("gaussians-2d", horizon=7)
+    plain = run_episode(env, StaticPolicy(0.3), 5)
+    probed = run_episode(env, StaticPolicy(0.3), 5, probe_every=3)
+    assert plain.trace == probed.trace
+    assert plain.probe["updates"] == []
+    assert probed.probe["updates"] == [0, 3, 6, 7]
+    assert {len(column) for column in probed.probe.values()} == {4}
+
+
+def part(results, keep, **changes):
+    """The cells of ``results`` that ``keep`` names, with other values at the top."""
+    return Results({**results.raw, "cells": [c for c in results.cells if keep(c)], **changes})
+
+
+def test_merged_parts_are_the_whole(finished):
+    results, _ = finished
+    parts = [part(results, lambda c, s=seed: c["seed"] == s or c["policy"] in (UNTOUCHED, ORACLE)) for seed in (0, 1)]
+    merged = merge_results(parts, ["a", "b"])
+    assert merged.cells == results.cells
+    assert merged.estimate("prior", "score") == results.estimate("prior", "score")
+
+
+def test_results_that_do_not_belong_together_are_not_merged(finished):
+    results, _ = finished
+    everything = part(results, lambda c: True)
+    comparison = results.raw["comparison"]
+    others = {
+        "task": {"comparison": {**comparison, "task": "mnist-tshirt"}},
+        "settings horizon": {"settings": {**results.settings, "horizon": 7}},
+        "versions torch": {"versions": {**results.raw["versions"], "torch": "0.1"}},
+        "evaluation num_forget_samples": {
+            "comparison": {**comparison, "evaluation": {**comparison["evaluation"], "num_forget_samples": 1}}
+        },
+        "otherwise": {"cells": [{**cell, "key": "another"} for cell in results.cells]},
+    }
+    for what, changes in others.items():
+        with pytest.raises(ResultsError, match=what):
+            merge_results([everything, Results({**results.raw, **changes})], ["here", "there"])

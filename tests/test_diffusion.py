@@ -34,14 +34,14 @@ def test_q_sample_has_the_moments_of_the_forward_process():
 
 
 def test_inference_timesteps_span_the_schedule():
-    steps = inference_timesteps(1000, 20)
+    steps = inference_timesteps(999, 20)
     assert (steps[0], steps[-1], len(set(steps))) == (999, 0, 20)
 
 
 @pytest.mark.parametrize("steps", [1, 1001])
 def test_inference_timesteps_out_of_range_are_named(steps):
     with pytest.raises(SettingsError, match=f"num_inference_steps={steps}"):
-        inference_timesteps(1000, steps)
+        inference_timesteps(999, steps)
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -71,3 +71,28 @@ def test_grid_loss_of_the_exact_noise_is_zero_and_its_shape_is_stated():
     losses = grid_loss(oracle, x, ALPHAS, generator=torch.Generator().manual_seed(0), batch_size=7)
     assert losses.shape == (10, 30)
     assert losses.abs().max() < 1e-6
+
+
+def test_sampling_from_a_timestep_with_the_true_noise_brings_the_sample_back():
+    """With a predictor that knows x_0, the way back from any t ends there."""
+    generator = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn((8, 2), generator=generator) for _ in range(2))
+
+    def knows(x_t, timesteps, labels):
+        alpha_bars = ALPHAS[timesteps][:, None]
+        return (x_t - alpha_bars.sqrt() * x) / (1 - alpha_bars).sqrt()
+
+    for start in (30, 300):
+        x_t = q_sample(x, noise, torch.full((8,), start), ALPHAS)
+        torch.testing.assert_close(sample(knows, x_t, ALPHAS, start=start, clip=None), x, atol=1e-3, rtol=0)
+
+
+def test_the_grid_loss_against_another_predictor_is_their_mean_squared_difference():
+    x = torch.zeros(5, 2)
+
+    def constant(value):
+        return lambda x_t, timesteps, labels: torch.full_like(x_t, value)
+
+    generator = torch.Generator().manual_seed(0)
+    losses = grid_loss(constant(1.0), x, ALPHAS, generator=generator, target=constant(-0.5))
+    torch.testing.assert_close(losses, torch.full((10, 5), 2.25))

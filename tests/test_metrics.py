@@ -1,16 +1,36 @@
-"""Laws of the metrics and of the statistics."""
+"""Laws of the metrics."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from unlearn_gym.errors import ResultsError, TaskError
-from unlearn_gym.evaluation.metrics import EvaluationSettings, Evaluator, fid, kid, wilson_interval
-from unlearn_gym.evaluation.statistics import bootstrap_mean, paired_difference
+from unlearn_gym.evaluation.catalogue import BY_NAME, METRICS
+from unlearn_gym.evaluation.forgetting import (
+    copy_threshold,
+    membership_auc,
+    nearest,
+    reconstruct,
+    reconstruction_distance,
+    wilson_interval,
+)
+from unlearn_gym.evaluation.inception import inception_features
+from unlearn_gym.evaluation.judge import EvaluationSettings, Judge, judged_reference
+from unlearn_gym.evaluation.metrics import Evaluator, Figures
+from unlearn_gym.evaluation.quality import (
+    class_score,
+    class_shares,
+    fid,
+    kid,
+    precision_recall,
+    ssim,
+    total_variation,
+)
 from unlearn_gym.models.classifier import GARMENTS, TROUSERS, classify
 from unlearn_gym.tasks import get_task, load_data, to_model_range
 
@@ -49,27 +69,115 @@ def test_wilson_interval_against_its_closed_form():
     assert wilson_interval(0, 500)[1] > 0
 
 
-def test_bootstrap_interval_covers_at_about_its_rate():
-    rng = np.random.default_rng(0)
-    hits = sum(low <= 1.0 <= high for _, low, high in (bootstrap_mean(list(rng.normal(1, 1, 20))) for _ in range(200)))
-    assert 0.86 <= hits / 200 <= 0.99
+def test_class_score_is_one_for_certain_equal_classes_and_the_number_of_classes_for_all_of_them():
+    certain = 50.0 * torch.eye(5).repeat(200, 1)
+    assert class_score(certain) == pytest.approx(5, rel=0.05)
+    assert class_score(certain[:1].repeat(100, 1)) == pytest.approx(1)
+    assert class_score(torch.zeros(100, 5)) == pytest.approx(1)
 
 
-def test_bootstrap_of_one_value_or_none_invents_no_interval():
-    assert bootstrap_mean([2.0]) == (2.0, 2.0, 2.0)
-    assert np.isnan(bootstrap_mean([]).mean)
+def test_precision_is_of_the_samples_and_recall_of_the_reference():
+    reference = torch.cat([normal(300), normal(300, 50.0)])
+    assert precision_recall(normal(600, seed=1), reference)[0] > 0.9  # every sample lies in one half of the reference
+    assert precision_recall(normal(600, seed=1), reference)[1] < 0.6
+    both = torch.cat([normal(300, seed=2), normal(300, 50.0, seed=3), normal(300, -50.0, seed=4)])
+    precision, recall = precision_recall(both, reference)
+    assert precision < 0.8 < recall
+    assert precision_recall(reference, reference) == (1.0, 1.0)
 
 
-def test_paired_difference_uses_common_seeds_only():
-    estimate = paired_difference({0: 1.0, 1: 2.0, 2: 9.0}, {0: 0.5, 1: 1.5, 3: 100.0})
-    assert estimate.mean == pytest.approx(0.5)
+def test_total_variation_is_a_distance_in_0_1():
+    a, b = (class_shares(torch.tensor(c), 3) for c in ([0, 0, 1, 1], [2, 2, 2, 2]))
+    assert (total_variation(a, a), total_variation(a, b), total_variation(b, a)) == (0.0, 1.0, 1.0)
+    assert total_variation(a, class_shares(torch.tensor([0, 0, 0, 1]), 3)) == pytest.approx(0.25)
+
+
+def test_ssim_of_an_image_with_itself_is_one_and_with_noise_small():
+    images = to_model_range(load_data(get_task("mnist-trousers")).forget[:8])
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.allclose(ssim(images, images), torch.ones(8))
+    assert ssim(images, noise).abs().max() < 0.3
+
+
+def test_auc_of_identical_sets_is_one_half_and_follows_the_order():
+    losses = torch.rand(50, generator=torch.Generator().manual_seed(0))
+    assert membership_auc(losses, losses) == pytest.approx(0.5)
+    assert membership_auc(losses, losses + 2) == 1.0  # members with low losses are found out
+    assert membership_auc(losses + 2, losses) == 0.0
+    others = torch.rand(70, generator=torch.Generator().manual_seed(1))
+    assert membership_auc(losses, others) + membership_auc(others, losses) == pytest.approx(1)
+
+
+def test_copies_are_found_and_retain_data_is_not_called_copies():
+    data = load_data(get_task("mnist-trousers"))
+    forget, retain = to_model_range(data.forget[:100]), to_model_range(data.heldout[:2000])
+    threshold = copy_threshold(retain, forget)
+    close = nearest(forget + 0.01, forget)
+    assert (close.distance < threshold).all()
+    assert torch.equal(close.place, torch.arange(100))
+    assert (nearest(retain, forget).distance < threshold).float().mean() <= 0.0015
+
+
+def test_nearest_measures_pixels_in_the_unit_range():
+    black, white = -torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 4)
+    assert nearest(white, black).distance.item() == pytest.approx(4.0)  # the norm of 16 ones
+
+
+def test_a_model_reconstructs_what_it_remembers():
+    """The T-shirt is memorised by the pretrained model and unknown to the oracle."""
+    task = get_task("mnist-tshirt")
+    x, alphas_cumprod = to_model_range(load_data(task).forget[:4]), task.schedule.alphas_cumprod()
+    distances = [
+        reconstruction_distance(x, reconstruct(model.eval(), x, alphas_cumprod, labels=None, clip=1.0, seed=0))
+        for model in (task.pretrained_model(), task.oracle_model())
+    ]
+    assert distances[0] < 2.0 < 3.0 < distances[1]
+    assert reconstruction_distance(x, x) == 0.0
+
+
+def test_a_metric_that_fails_is_absent_with_its_reason_and_stops_no_other():
+    figures = Figures()
+    with figures.trying("a"):
+        raise ResultsError("too few")
+    figures.add("b", 1.0)
+    figures.add("c", float("nan"))
+    assert (figures.values, figures.absent) == ({"b": 1.0}, {"a": "too few", "c": "not finite"})
+
+
+def test_missing_torchmetrics_leaves_ssim_out_with_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
+    figures = Figures()
+    with figures.trying("ssim_copy"):
+        ssim(torch.zeros(1, 1, 28, 28), torch.zeros(1, 1, 28, 28))
+    assert "pip install 'unlearn_gym[metrics]'" in figures.absent["ssim_copy"]
+
+
+def test_inception_weights_that_are_not_the_published_file_are_refused(tmp_path):
+    (tmp_path / "weights.pth").write_bytes(b"pickle of unknown origin")
+    for path in (tmp_path / "weights.pth", tmp_path / "missing.pth"):
+        with pytest.raises(ResultsError, match="is not torch-fidelity's weights-inception"):
+            inception_features(torch.zeros(1, 1, 28, 28), path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        (EvaluationSettings(num_forget_samples=0), "num_forget_samples=0"),
+        (EvaluationSettings(num_quality_samples=100), "too few for KID; take at least 200"),
+        (EvaluationSettings(num_likelihood_samples=-1), "num_likelihood_samples=-1"),
+    ],
+)
+def test_sizes_from_which_nothing_follows_are_refused(settings, match):
+    with pytest.raises(ResultsError, match=match):
+        settings.validate()
 
 
 def test_the_shipped_classifier_tells_trousers_from_digits():
     data = load_data(get_task("mnist-trousers"))
-    _, forget = classify(to_model_range(data.forget))
-    features, digits = classify(to_model_range(data.heldout[:2000]))
-    assert features.shape == (2000, 64)
+    forget = classify(to_model_range(data.forget))[1].argmax(1)
+    features, logits = classify(to_model_range(data.heldout[:2000]))
+    digits = logits.argmax(1)
+    assert (features.shape, logits.shape) == ((2000, 64), (2000, 20))
     assert (forget == TROUSERS).float().mean() > 0.95
     assert (digits == data.heldout_labels[:2000]).float().mean() > 0.98
     assert not torch.isin(digits, torch.tensor(GARMENTS)).any()
@@ -81,15 +189,14 @@ def test_reference_features_are_computed_once_per_content():
 
     def classify(samples):
         calls.append(len(samples))
-        return samples, torch.zeros(len(samples), dtype=torch.int64)
+        return samples, torch.zeros(len(samples), 3)
 
     task = dataclasses.replace(get_task("gaussians-2d"), classify=classify)
     data = load_data(task)
-    first = Evaluator(task, data).reference
-    copied = dataclasses.replace(data, heldout=data.heldout.clone())
-    assert Evaluator(task, copied).reference is first
+    first = judged_reference(task, data)
+    assert judged_reference(task, dataclasses.replace(data, heldout=data.heldout.clone())) is first
     assert len(calls) == 1
-    Evaluator(task, dataclasses.replace(data, heldout=data.heldout + 1))
+    judged_reference(task, dataclasses.replace(data, heldout=data.heldout + 1))
     assert len(calls) == 2
 
 
@@ -97,27 +204,64 @@ def test_samples_do_not_depend_on_the_batches_that_they_are_drawn_in():
     task = get_task("gaussians-2d")
     data, model = load_data(task), task.pretrained_model()
     drawn = [
-        Evaluator(task, data, EvaluationSettings(batch_size=size)).draw(model, None, 100, seed=3) for size in (100, 33)
+        Judge(task, data, EvaluationSettings(batch_size=size)).draw(model, None, 100, seed=3) for size in (100, 33)
     ]
     for a, b in zip(*drawn, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_a_task_without_a_classifier_has_losses_only():
+def test_a_task_without_a_classifier_has_the_metrics_of_its_predictions():
     task = dataclasses.replace(get_task("gaussians-2d"), classify=None)
     evaluator = Evaluator(task, load_data(task))
-    assert set(evaluator.evaluate(task.pretrained_model()).metrics) == {"forget_loss", "retain_loss"}
+    result = evaluator.evaluate(task.pretrained_model())
+    assert {"forget_loss", "retain_loss", "membership_auc", "optimum_error", "oracle_error"} <= set(result.metrics)
+    assert "forget_rate" not in result.metrics
+    assert result.absent["feature_kid"] == "the task has no classifier"
     with pytest.raises(TaskError, match="has no classifier"):
-        evaluator.calibration()
+        evaluator.judge.calibration()
 
 
 def test_evaluation_is_deterministic_and_ranks_the_oracle_before_the_untouched_model():
     task = get_task("gaussians-2d")
     evaluator = Evaluator(task, load_data(task), EvaluationSettings(600, 600))
-    untouched, again = (evaluator.evaluate(task.pretrained_model()).metrics for _ in range(2))
-    oracle = evaluator.evaluate(task.oracle_model()).metrics
-    assert untouched == again
-    assert 0.08 < untouched["forget_rate"] < 0.17
+    untouched, again = (evaluator.evaluate(task.pretrained_model()) for _ in range(2))
+    assert untouched.metrics == again.metrics
+    before, oracle = untouched.metrics, evaluator.evaluate(task.oracle_model()).metrics
+    assert 0.08 < before["forget_rate"] < 0.17
     assert oracle["forget_rate"] < 0.01
-    assert oracle["forget_loss"] > untouched["forget_loss"]
-    assert oracle["kid"] < untouched["kid"]
+    assert oracle["forget_loss"] > before["forget_loss"]
+    for lower in ("feature_kid", "oracle_kid", "oracle_error", "optimum_error", "class_imbalance", "copy_rate"):
+        assert oracle[lower] < before[lower], lower
+    assert oracle["oracle_error"] == 0.0
+    assert np.mean(untouched.profile) == pytest.approx(before["forget_loss"], rel=1e-5)
+
+
+def test_the_closed_form_optimum_has_no_error_and_no_model_a_lower_loss():
+    """The optimum of the retain-only mixture predicts noise at least as well as anything, its own oracle included."""
+    task = get_task("gaussians-2d:0,4")
+    evaluator = Evaluator(task, load_data(task), EvaluationSettings(250, 250))
+
+    class Optimum(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.anchor = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x_t, timesteps, labels=None):
+            return task.optimum(x_t, evaluator.alphas_cumprod[timesteps])
+
+    optimum, pretrained = (evaluator.evaluate(m).metrics for m in (Optimum(), task.pretrained_model()))
+    assert optimum["optimum_error"] == 0.0
+    assert optimum["retain_loss"] < pretrained["retain_loss"]
+    assert optimum["forget_rate"] == 0.0
+    assert pretrained["forget_rate"] == pytest.approx(2 / 8, abs=0.08)
+    assert optimum["class_imbalance"] < 0.12 < pretrained["class_imbalance"]
+
+
+def test_the_catalogue_explains_every_metric_that_an_evaluation_gives():
+    task = get_task("mnist-trousers")
+    settings = EvaluationSettings(8, 200, num_inference_steps=2, num_likelihood_samples=1)
+    result = Evaluator(task, load_data(task), settings).evaluate(task.pretrained_model())
+    names = set(result.metrics) | set(result.absent)
+    assert names <= set(BY_NAME)
+    assert set(BY_NAME) - names <= {"score", "mean_lambda", "episode_return", "optimum_error"}
+    assert all(m.meaning and m.range and m.cost and m.source for m in METRICS)

@@ -16,7 +16,7 @@ from unlearn_gym.models.classifier import CLASSIFIER_WEIGHTS
 from unlearn_gym.models.weights import load_weights, read_tensors, save_weights
 from unlearn_gym.pretraining import Pretraining, PretrainSettings, one_cycle, pretrain, training_samples
 from unlearn_gym.tasks import TaskData, get_task, load_data, register_task
-from unlearn_gym.tasks.gaussians import nearest_mode
+from unlearn_gym.tasks.gaussians import classify_points, optimal_epsilon, sample_modes
 from unlearn_gym.tasks.mnist import NUM_FORGET, NUM_TSHIRTS, TROUSERS_LABEL, load_shipped
 
 from .conftest import TASKS
@@ -188,7 +188,72 @@ def test_a_damaged_archive_is_named(damage, tmp_path):
 def test_gaussians_are_shuffled_so_that_any_part_holds_every_kept_mode():
     data = load_data(TASK)
     for samples in (data.retain[:300], data.heldout[:300]):
-        assert set(nearest_mode(samples).tolist()) - {-1} == set(range(1, 8))
+        assert set(classify_points(samples)[1].argmax(1).tolist()) - {8} == set(range(1, 8))
+
+
+def test_a_point_far_from_every_mode_is_of_none_of_them():
+    classes = classify_points(torch.tensor([[2.0, 0.0], [2.0, 0.59], [2.0, 0.61], [0.0, 0.0]]))[1].argmax(1)
+    assert classes.tolist() == [0, 0, 8, 8]  # within and beyond 4 standard deviations of 0.15
+
+
+def test_no_noise_prediction_beats_the_optimal_one_and_its_error_is_orthogonal_to_any_function_of_x_t():
+    """The conditional mean: E[(noise - E[noise | x_t]) h(x_t)] = 0."""
+    generator = torch.Generator().manual_seed(0)
+    x = sample_modes([1, 2, 5], 20_000, generator)
+    noise = torch.randn(x.shape, generator=generator)
+    alpha_bars = torch.full((len(x),), 0.7)
+    x_t = 0.7**0.5 * x + 0.3**0.5 * noise
+    best = optimal_epsilon((1, 2, 5), x_t, alpha_bars)
+    for h in (x_t, x_t.sin(), best):
+        assert ((noise - best) * h).mean().abs() < 0.01
+    worse = optimal_epsilon((1, 2, 6), x_t, alpha_bars)
+    assert (noise - best).square().mean() < (noise - worse).square().mean() - 0.1
+
+
+def test_members_of_a_family_forget_what_their_name_says_and_share_the_pretrained_weights():
+    task, default = get_task("mnist-digits:7,3"), get_task("mnist-digits")
+    assert task is get_task("mnist-digits:3,7")
+    assert get_task("mnist-digits:3") is default
+    data = load_data(task)
+    assert set(data.forget_labels.tolist()) == set(data.unseen_labels.tolist()) == {3, 7}
+    assert not {3, 7} & set(data.retain_labels.tolist()) | {3, 7} & set(data.heldout_labels.tolist())
+    assert (data.retain_size, data.forget_size) == (60_000 - 6131 - 6265, 6131 + 6265)
+    assert len(data.retain) + len(data.forget) == 10_000
+    weights = (t.pretrained_model().state_dict() for t in (task, default))
+    assert all(torch.equal(*pair) for pair in zip(*(w.values() for w in weights), strict=True))
+    modes = load_data(get_task("gaussians-2d:2,5"))
+    assert set(classify_points(modes.forget)[1].argmax(1).tolist()) - {8} == {2, 5}
+
+
+def test_a_member_without_an_oracle_runs_and_says_what_is_missing():
+    task = get_task("gaussians-2d:2,5")
+    assert task.constants.retain_loss == TASK.constants.retain_loss
+    for missing in (task.oracle_model, lambda: task.unseen_forget_loss):
+        with pytest.raises(TaskError, match=r"pretrain --task gaussians-2d:2,5 --retain-only --out \S+/2-5'"):
+            missing()
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("mnist-digits:10", r"different classes in 0\.\.9, as in 'mnist-digits:1,3'"),
+        ("mnist-digits:1,1", "different classes"),
+        ("mnist-digits:", "different classes"),
+        ("mnist-digits:one", "different classes"),
+        ("gaussians-2d:0,1,2,3,4,5,6,7", "leave at least one class to retain"),
+        ("mnist-digit:3", "did you mean 'mnist-digits"),
+    ],
+)
+def test_a_bad_member_is_named(name, match):
+    with pytest.raises(TaskError, match=match):
+        get_task(name)
+
+
+def test_unseen_data_is_no_forget_data():
+    for name in ("mnist-trousers", "mnist-tshirt", "mnist-digits", "gaussians-2d"):
+        data = load_data(get_task(name))
+        forget = {bytes(x.numpy().tobytes()) for x in data.forget}
+        assert not forget & {bytes(x.numpy().tobytes()) for x in data.unseen}, name
 
 
 def test_the_full_data_is_read_through_torchvision(tmp_path):

@@ -33,12 +33,12 @@ def test_every_linked_file_exists():
 
 
 def test_the_results_table_is_that_of_the_committed_results():
-    from unlearn_gym.evaluation.comparison import load_results
-    from unlearn_gym.evaluation.report import markdown_table, summary_rows
+    from unlearn_gym.evaluation.results import load_results
+    from unlearn_gym.evaluation.tables import markdown_table, summary
 
     results = load_results(ROOT / "docs" / "comparison")
-    assert markdown_table(*summary_rows(results)) in README
-    assert results["command"] in README
+    assert markdown_table(*summary(results)) in README
+    assert results.raw["command"] in README
 
 
 def test_the_performance_table_is_that_of_the_committed_benchmark():

@@ -25,8 +25,8 @@ def calibrate(
     alphas_cumprod = task.schedule.alphas_cumprod()
     run = UnlearningRun(task.pretrained_model(), data, alphas_cumprod, settings, seed)
     terms = [run.measure(0.5) for _ in range(num_batches)]
-    oracle = UnlearningRun(task.oracle_model(), data, alphas_cumprod, settings, seed)
+    unseen = None
+    if task.oracle_path.is_file():
+        unseen = UnlearningRun(task.oracle_model(), data, alphas_cumprod, settings, seed).probe_losses()[0]
     means = {name: float(np.mean([getattr(t, name) for t in terms])) for name in FEATURES}
-    return FeatureConstants(
-        **means, unseen_forget_loss=oracle.probe_losses()[0], num_batches=num_batches, command=command
-    )
+    return FeatureConstants(**means, unseen_forget_loss=unseen, num_batches=num_batches, command=command)

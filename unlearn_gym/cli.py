@@ -12,6 +12,7 @@ import tyro
 
 if TYPE_CHECKING:
     from unlearn_gym.evaluation.comparison import CellProgress
+    from unlearn_gym.evaluation.results import Results
 
 Threads = Annotated[int | None, tyro.conf.arg(help="torch threads; default: torch's own choice")]
 DataRoot = Annotated[
@@ -169,7 +170,9 @@ def compare(
     jobs: Annotated[int, tyro.conf.arg(help="processes; the cores are shared among them")] = 1,
     out: Annotated[Path, tyro.conf.arg(help="folder of the results; the same folder resumes")] = Path("runs/compare"),
     forget_samples: Annotated[int, tyro.conf.arg(help="samples for the forget rate")] = 1000,
-    quality_samples: Annotated[int, tyro.conf.arg(help="samples for KID, FID and class accuracy")] = 500,
+    quality_samples: Annotated[int, tyro.conf.arg(help="samples for KID, FID and the other quality metrics")] = 1000,
+    likelihood_samples: Annotated[int, tyro.conf.arg(help="samples of each set for likelihoods, seconds each")] = 0,
+    inception_weights: Annotated[Path | None, tyro.conf.arg(help="torch-fidelity's Inception weights")] = None,
     option: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(help="a run setting, e.g. horizon=100; repeatable")
     ] = (),
@@ -178,7 +181,7 @@ def compare(
 ) -> None:
     """Run every policy on the same seeds and batches, evaluate the final models, write a report; resumes."""
     from unlearn_gym.evaluation.comparison import Comparison, default_policies, run_comparison
-    from unlearn_gym.evaluation.metrics import EvaluationSettings
+    from unlearn_gym.evaluation.judge import EvaluationSettings
     from unlearn_gym.evaluation.report import write_report
     from unlearn_gym.tasks import get_task, load_data, resolve_data_root
 
@@ -189,7 +192,12 @@ def compare(
         policies=policies or default_policies(task),
         seeds=tuple(range(first_seed, first_seed + seeds)),
         options=_parse_options(option),
-        evaluation=EvaluationSettings(forget_samples, quality_samples),
+        evaluation=EvaluationSettings(
+            forget_samples,
+            quality_samples,
+            num_likelihood_samples=likelihood_samples,
+            inception_weights=None if inception_weights is None else str(inception_weights.resolve()),
+        ),
         data_root=None if root is None else str(root.resolve()),
     )
     results = run_comparison(comparison, out, jobs=jobs, command=_command(), progress=_cell_progress())
@@ -198,14 +206,58 @@ def compare(
     print(f"report: {path}\npictures: {out}/*.png\nraw values: {out}/results.json\ncurves: tensorboard --logdir {out}")
 
 
-def report(folder: Annotated[Path, tyro.conf.Positional]) -> None:
-    """Write the tables and pictures of a comparison again from its results.json."""
-    from unlearn_gym.evaluation.comparison import load_results
+def report(
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    out: Annotated[Path | None, tyro.conf.arg(help="default: the one folder; needed for several")] = None,
+) -> None:
+    """Write tables and pictures again from results.json; several folders of one task are merged."""
+    from unlearn_gym.errors import ResultsError
     from unlearn_gym.evaluation.report import write_report
+    from unlearn_gym.evaluation.results import load_results, merge_results
+    from unlearn_gym.files import write_json
 
-    results = load_results(folder)
-    print(write_report(results, folder))
+    if not folders:
+        raise ResultsError("name at least one folder with a results.json")
+    if len(folders) > 1 and out is None:
+        raise ResultsError(f"merging {len(folders)} folders needs --out, a folder for what comes of it")
+    results = load_results(folders[0])
+    if len(folders) > 1:
+        results = merge_results([load_results(folder) for folder in folders], [str(folder) for folder in folders])
+    target = out or folders[0]
+    path = write_report(results, target)
+    if target != folders[0]:
+        write_json(target / "results.json", results.raw, indent=None)
+    print(path)
     _print_tables(results)
+
+
+def experiment(
+    name: Annotated[str, tyro.conf.Positional],
+    quick: Annotated[bool, tyro.conf.arg(help="the small size, in minutes")] = False,
+    jobs: Annotated[int, tyro.conf.arg(help="processes; the cores are shared among them")] = 1,
+    out: Annotated[
+        Path | None, tyro.conf.arg(help="default: runs/experiments/NAME (runs/quick/NAME); the same folder resumes")
+    ] = None,
+    data_root: DataRoot = None,
+) -> None:
+    """Run an experiment of configs/experiments (or a .yaml file) and write its tables and pictures; resumes."""
+    from unlearn_gym.evaluation.experiment import run_experiment
+    from unlearn_gym.tasks import resolve_data_root
+
+    root = resolve_data_root(data_root)
+    folder = out or Path("runs") / ("quick" if quick else "experiments") / Path(name).stem
+    page = run_experiment(
+        name, folder, quick=quick, jobs=jobs, command=_command(), progress=_cell_progress,
+        data_root=None if root is None else str(root.resolve()),
+    )  # fmt: skip
+    print(page.read_text(), page, sep="\n")
+
+
+def metrics() -> None:
+    """Print what every metric means, as in docs/metrics.md."""
+    from unlearn_gym.evaluation.catalogue import metrics_page
+
+    print(metrics_page(), end="")
 
 
 def _parse_options(texts: tuple[str, ...]) -> dict[str, Any]:
@@ -226,7 +278,10 @@ def _parse_options(texts: tuple[str, ...]) -> dict[str, Any]:
     return options
 
 
-def _cell_progress() -> CellProgress:
+SHOWN = ("forget_rate", "forget_loss", "retain_loss", "feature_kid")
+
+
+def _cell_progress(title: str = "comparison") -> CellProgress:
     """A bar over the cells of a comparison, with a line for each finished one."""
     from tqdm import tqdm
 
@@ -234,9 +289,10 @@ def _cell_progress() -> CellProgress:
 
     def update(cell: dict[str, Any] | None, done: int, total: int) -> None:
         nonlocal bar
-        bar = bar or tqdm(desc="comparison", total=total, unit="run", smoothing=0)
+        bar = bar or tqdm(desc=title, total=total, unit="run", smoothing=0)
         if cell is not None:
-            figures = "  ".join(f"{k} {v:.4g}" for k, v in cell["metrics"].items()) or "diverged"
+            shown = {k: cell["metrics"][k] for k in SHOWN if k in cell["metrics"]}
+            figures = "  ".join(f"{k} {v:.4g}" for k, v in shown.items()) or "diverged"
             bar.write(f"{cell['policy']:28s} seed {cell['seed']}  {figures}")
             sys.stdout.flush()
         bar.n = done
@@ -245,21 +301,23 @@ def _cell_progress() -> CellProgress:
     return update
 
 
-def _print_tables(results: dict[str, Any]) -> None:
+def _print_tables(results: Results) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from unlearn_gym.evaluation.report import terminal_rows, verdict
+    from unlearn_gym.evaluation.report import verdict
+    from unlearn_gym.evaluation.signatures import warnings
+    from unlearn_gym.evaluation.tables import terminal
 
     console = Console(width=None if sys.stdout.isatty() else 120)
-    header, rows = terminal_rows(results, intervals=console.width >= 100)
-    table = Table(title=f"{results['comparison']['task']}: means over seeds", show_lines=console.width >= 100)
+    header, rows = terminal(results, intervals=console.width >= 100)
+    table = Table(title=f"{results.task}: means over seeds", show_lines=console.width >= 100)
     for title in header:
         table.add_column(title, no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    for line in verdict(results):
+    for line in [*verdict(results), *(f"Warning: {line}" for line in warnings(results))]:
         console.print(line.replace("**", ""), highlight=False)
 
 
@@ -295,6 +353,8 @@ def bench(
 COMMANDS: dict[str, Callable[..., Any]] = {
     "compare": compare,
     "report": report,
+    "experiment": experiment,
+    "metrics": metrics,
     "pretrain": pretrain,
     "train-classifier": train_classifier,
     "build-data": build_data,

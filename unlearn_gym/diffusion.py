@@ -44,14 +44,14 @@ def q_sample(x_start: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: 
     return alpha_bar.sqrt() * x_start + (1.0 - alpha_bar).sqrt() * noise
 
 
-def inference_timesteps(num_train_timesteps: int, num_inference_steps: int) -> list[int]:
-    """Timesteps from T-1 down to 0, both included, evenly spaced in √t (Song et al., 2021, appendix D.2).
+def inference_timesteps(start: int, num_inference_steps: int) -> list[int]:
+    """Timesteps from ``start`` down to 0, both included, evenly spaced in √t (Song et al., 2021, appendix D.2).
 
     Steps that round to the same t are merged, so many steps on a short schedule become fewer.
     """
-    if not 2 <= num_inference_steps <= num_train_timesteps:
-        raise SettingsError(f"num_inference_steps={num_inference_steps} must lie in 2..{num_train_timesteps}")
-    roots = torch.linspace((num_train_timesteps - 1) ** 0.5, 0, num_inference_steps, dtype=torch.float64)
+    if not 2 <= num_inference_steps <= start + 1:
+        raise SettingsError(f"num_inference_steps={num_inference_steps} must lie in 2..{start + 1}")
+    roots = torch.linspace(start**0.5, 0, num_inference_steps, dtype=torch.float64)
     return sorted({int(t) for t in roots.square().round()}, reverse=True)
 
 
@@ -65,14 +65,16 @@ def sample(
     num_inference_steps: int = 20,
     order: int = 2,
     clip: float | None = 1.0,
+    start: int | None = None,
 ) -> Tensor:
     """Deterministic sampling from ``noise (B, *S)``: the same noise gives the same samples.
 
+    With ``start``, ``noise`` is ``x_t`` at that timestep instead of T-1: the way back of a noisy sample.
     DPM-Solver++(2M), Lu et al. (2022), algorithm 2, with λ = log(√ᾱ / √(1-ᾱ)); ``order=1`` is DDIM
     with η = 0. ``clip`` bounds the predicted ``x_0`` (None for data that is not an image).
     Returns the samples ``(B, *S)``.
     """
-    schedule = inference_timesteps(len(alphas_cumprod), num_inference_steps)
+    schedule = inference_timesteps(len(alphas_cumprod) - 1 if start is None else start, num_inference_steps)
     alpha_bars = alphas_cumprod.double()[schedule].cpu()
     alphas, sigmas = alpha_bars.sqrt(), (1.0 - alpha_bars).sqrt()
     log_snrs = torch.log(alphas / sigmas)
@@ -95,6 +97,11 @@ def sample(
     return x
 
 
+def grid_timesteps(num_train_timesteps: int, num_timesteps: int) -> list[int]:
+    """Midpoints of ``num_timesteps`` equal parts of 0..T-1."""
+    return [int((k + 0.5) * num_train_timesteps / num_timesteps) for k in range(num_timesteps)]
+
+
 @torch.inference_mode()
 def grid_loss(
     predict: Predictor,
@@ -105,23 +112,24 @@ def grid_loss(
     generator: torch.Generator,
     num_timesteps: int = 10,
     batch_size: int = 512,
+    target: Predictor | None = None,
 ) -> Tensor:
-    """Noise-prediction loss on a fixed grid: every sample at every of ``num_timesteps`` midpoints.
+    """Noise-prediction loss on a fixed grid: every sample at each of :func:`grid_timesteps`.
 
     The noise comes from ``generator``, so two models given equally seeded generators are compared
-    on the same grid. Returns ``(num_timesteps, B)``: the mean over pixels of ``(ε_θ - ε)²``.
+    on the same grid. Returns ``(num_timesteps, B)``: the mean over pixels of ``(ε_θ - ε)²``, where ε is the
+    noise or, with ``target``, that predictor's estimate of it.
     """
-    spacing = len(alphas_cumprod) / num_timesteps
     rows = []
-    for k in range(num_timesteps):
-        t = int((k + 0.5) * spacing)
+    for t in grid_timesteps(len(alphas_cumprod), num_timesteps):
         losses = []
         for start in range(0, len(x_start), batch_size):
             x = x_start[start : start + batch_size]
             noise = torch.randn(x.shape, generator=generator, device=generator.device).to(x.device)
             timesteps = torch.full((len(x),), t, device=x.device)
             batch_labels = None if labels is None else labels[start : start + batch_size]
-            pred = predict(q_sample(x, noise, timesteps, alphas_cumprod), timesteps, batch_labels)
-            losses.append((pred - noise).square().flatten(1).mean(1))
+            x_t = q_sample(x, noise, timesteps, alphas_cumprod)
+            wanted = noise if target is None else target(x_t, timesteps, batch_labels)
+            losses.append((predict(x_t, timesteps, batch_labels) - wanted).square().flatten(1).mean(1))
         rows.append(torch.cat(losses))
     return torch.stack(rows)

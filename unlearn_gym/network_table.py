@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from unlearn_gym.benchmark.timing import take_turns
-from unlearn_gym.evaluation.metrics import EvaluationSettings, Evaluator
+from unlearn_gym.evaluation.judge import EvaluationSettings
+from unlearn_gym.evaluation.metrics import Evaluator
 from unlearn_gym.models import UNetConfig, build_network
 from unlearn_gym.models.weights import load_weights
 from unlearn_gym.pretraining import PretrainSettings, pretrain
@@ -80,7 +81,7 @@ def network_table(data: TaskData, out: Path, *, command: str, report: Callable[[
 def _markdown(result: dict[str, Any]) -> str:
     columns = {
         "network": "{}", "parameters": "{:,}", "step_ratio": "{:.2f}", "retain_loss": "{:.4f}", "forget_loss": "{:.4f}",
-        "fid": "{:.2f}", "kid": "{:.4f}", "class_accuracy": "{:.3f}", "forget_rate": "{:.3f}",
+        "feature_fid": "{:.2f}", "feature_kid": "{:.4f}", "class_accuracy": "{:.3f}", "forget_rate": "{:.3f}",
     }  # fmt: skip
     lines = [
         "# Choice of the network",

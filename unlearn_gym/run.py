@@ -95,7 +95,7 @@ class UnlearningRun:
         self._update_views = self.flat.gradient_views(self.update_grad)
         self.optimizer = make_optimizer(settings, [self.flat.vector])
         self.retain_coef, self.forget_coef = siss.dataset_factors(
-            settings.dataset_factors, data.retain_size or len(data.retain), len(data.forget)
+            settings.dataset_factors, data.retain_size or len(data.retain), data.forget_size or len(data.forget)
         )
         self._coefs = {"retain_coef": self.retain_coef, "forget_coef": self.forget_coef}
         self.generator = torch.Generator(device)

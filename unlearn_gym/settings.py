@@ -39,6 +39,9 @@ class RunSettings(BaseModel):
     (forget) weight is exactly 0 get no pass for the retain (forget) gradient, which they do not change; it pays
     where the network's cost grows with the batch and most weights are saturated, as labels that differ make them.
 
+    ``observation``: ``"extended"`` appends the forget loss over five bands of timesteps and mean classifier features
+    of a few samples to the paper's six entries; the environment's docstring has both groups and what they cost.
+
     ``reward``: ``"siss"`` is -L_SISS less the smoothness penalty, ``"potential"`` the change of a score on a fixed
     probe set; the environment's docstring has both formulas.
     """
@@ -61,6 +64,7 @@ class RunSettings(BaseModel):
     lambda_init: float = Field(0.5, ge=0, le=1)
     smoothness_coef: float = Field(0.1, ge=0)
     features: Literal["lagged", "fresh"] = "lagged"
+    observation: Literal["paper", "extended"] = "paper"
     normalize_features: bool = True
     reward: Literal["siss", "potential"] = "siss"
     potential_cap: float | None = Field(None, gt=0, description="None: the oracle's forget loss, stored with the task")

@@ -35,8 +35,9 @@ def fixed_samples(task: Task, run: UnlearningRun) -> Tensor:
     if run.data.retain_labels is not None:
         others = run.data.retain_labels.unique()
         labels = others.repeat(count // len(others) + 1)[:count]
-        if task.probe_label is not None:
-            labels[: count // 2] = task.probe_label
+        if task.probe_labels:
+            probe = torch.tensor(task.probe_labels)
+            labels[: count // 2] = probe.repeat(count)[: count // 2]
     return sample(
         run.model, noise, run.alphas_cumprod, labels=labels, num_inference_steps=RENDER_STEPS, clip=task.clip
     ).cpu()
@@ -71,8 +72,8 @@ def draw_frame(task: Task, run: UnlearningRun, history: Sequence[StepTerms]) -> 
     axes = left.subplots()
     draw_samples(axes, fixed_samples(task, run))
     title = "samples from fixed noise"
-    if task.probe_label is not None:
-        title += f": label {task.probe_label} above, all labels below"
+    if task.probe_labels:
+        title += f": label {', '.join(map(str, task.probe_labels))} above, all to retain below"
     axes.set_title(title, fontsize=10)
     top, bottom = right.subplots(2, 1, sharex=True)
     steps = np.arange(1, len(history) + 1)

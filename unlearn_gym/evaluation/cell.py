@@ -7,6 +7,7 @@ import math
 import time
 import zlib
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.evaluation.episode import policy_context, run_episode
-from unlearn_gym.evaluation.metrics import Evaluation, EvaluationSettings, Evaluator
+from unlearn_gym.evaluation.judge import EvaluationSettings
+from unlearn_gym.evaluation.metrics import Evaluation, Evaluator
 from unlearn_gym.policies import make_policy
-from unlearn_gym.tasks import Task, load_data, to_model_range
+from unlearn_gym.tasks import get_task, load_data, to_model_range
 
 UNTOUCHED, ORACLE, FINETUNE = "untouched", "oracle", "finetune"
 REFERENCES = (UNTOUCHED, ORACLE)
@@ -29,6 +31,8 @@ FINETUNE_OPTIONS = {
 """λ = 0 and no forget gradient: plain training on retain data, the naive baseline."""
 
 FORGET_PICTURES, QUALITY_PICTURES = 300, 40
+PROBES = 20
+"""Points along a run at which its forget and retain loss are measured."""
 
 
 def make_cell_env(task: str, policy: str, options: dict[str, Any], data_root: str | None) -> SISSUnlearnEnv:
@@ -37,8 +41,15 @@ def make_cell_env(task: str, policy: str, options: dict[str, Any], data_root: st
     return SISSUnlearnEnv(task, data_root=data_root, **{**options, **extra})
 
 
+@lru_cache(maxsize=4)
+def evaluator(task: str, data_root: str | None, settings: EvaluationSettings) -> Evaluator:
+    """One evaluator for all cells of a process: references and the oracle's samples are computed once."""
+    chosen = get_task(task)
+    return Evaluator(chosen, load_data(chosen, data_root), settings)
+
+
 def run_cell(
-    task: Task,
+    task: str,
     policy: str,
     seed: int,
     options: dict[str, Any],
@@ -47,24 +58,26 @@ def run_cell(
     *,
     keep_samples: bool,
 ) -> dict[str, Any]:
-    """Trace, return, times and metrics as JSON knows them; a run that diverged has no metrics.
+    """Trace, probes, return, times and metrics as JSON knows them; a run that diverged has no metrics.
 
     A model whose losses are not finite after the last update counts as diverged too.
     """
     cell: dict[str, Any] = {"policy": policy, "seed": seed}
     if policy in REFERENCES:
-        model = task.pretrained_model() if policy == UNTOUCHED else task.oracle_model()
+        chosen = get_task(task)
+        model = chosen.pretrained_model() if policy == UNTOUCHED else chosen.oracle_model()
     else:
-        env = make_cell_env(task.name, policy, options, data_root)
-        name = "static:0" if policy == FINETUNE else policy
-        cell |= asdict(run_episode(env, make_policy(name, policy_context(env)), seed))
+        env = make_cell_env(task, policy, options, data_root)
+        name, every = ("static:0" if policy == FINETUNE else policy), max(1, env.settings.horizon // PROBES)
+        cell |= asdict(run_episode(env, make_policy(name, policy_context(env)), seed, probe_every=every))
         model = env.run.model
     started = time.perf_counter()
-    evaluator = Evaluator(task, load_data(task, data_root), evaluation)
-    result = evaluator.evaluate(model)
-    finite = all(math.isfinite(result.metrics[name]) for name in ("forget_loss", "retain_loss"))
+    result = evaluator(task, data_root, evaluation).evaluate(model)
+    finite = all(name in result.metrics for name in ("forget_loss", "retain_loss"))
     cell["diverged"] = cell.get("diverged", False) or not finite
-    cell["metrics"] = {} if cell["diverged"] else result.metrics
+    cell |= {"metrics": {}, "absent": {}, "profile": []}
+    if not cell["diverged"]:
+        cell |= {"metrics": result.metrics, "absent": result.absent, "profile": result.profile}
     cell["evaluation_seconds"] = time.perf_counter() - started
     if keep_samples:
         cell["pictures"] = _pictures(result)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -18,13 +17,24 @@ import joblib
 import torch
 
 import unlearn_gym
-from unlearn_gym.errors import PolicyError, ResultsError, SettingsError, UnlearnGymError
-from unlearn_gym.evaluation.cell import FINETUNE, REFERENCES, make_cell_env, run_cell, write_curves
+from unlearn_gym.errors import PolicyError, ResultsError, SettingsError, TaskError, UnlearnGymError
+from unlearn_gym.evaluation.cell import (
+    FINETUNE,
+    REFERENCES,
+    UNTOUCHED,
+    evaluator,
+    make_cell_env,
+    run_cell,
+    write_curves,
+)
 from unlearn_gym.evaluation.episode import policy_context
-from unlearn_gym.evaluation.metrics import EvaluationSettings, Evaluator
+from unlearn_gym.evaluation.judge import EvaluationSettings
+from unlearn_gym.evaluation.results import CellName, Results, load_results
+from unlearn_gym.evaluation.store import CellStore
 from unlearn_gym.files import sha256, write_json
 from unlearn_gym.models.classifier import CLASSIFIER_WEIGHTS
 from unlearn_gym.policies import make_policy, policy_source
+from unlearn_gym.settings import RunSettings
 from unlearn_gym.tasks import Task, get_task, load_data, register_task, task_names
 
 DEFAULT_POLICIES = (
@@ -32,6 +42,12 @@ DEFAULT_POLICIES = (
     "variational:pathwise", "variational:score_function", "variational:kl_only", "variational:variance",
     "ppo", "ppo-potential",
 )  # fmt: skip
+
+KEY_FILES = ("*.safetensors", "*.npz", "constants.json")
+"""What a task's cells depend on, of the files beside its weights."""
+
+CELL_FORMAT = 2
+"""To be raised when a cell holds more than before or a default changes, so that older ones are run again."""
 
 CellProgress = Callable[[dict[str, Any] | None, int, int], None]
 
@@ -88,15 +104,18 @@ class Comparison:
         """For each row a hash of all that its cells depend on but their seed: cells with another are not ours."""
         task = get_task(self.task)
         settings = task.settings.override(**self.options)
-        files = [*task.assets.glob("*.safetensors"), *task.assets.glob("*.npz"), *task.assets.glob("constants.json")]
+        folders = {task.assets, task.pretrained_path.parent}
+        files = [path for folder in folders for end in KEY_FILES for path in folder.glob(end)]
         common: dict[str, Any] = {
-            "evaluation": asdict(self.evaluation), "data_root": self.data_root, "settings": settings.model_dump(),
+            "format": CELL_FORMAT, "task": self.task, "data_root": self.data_root,
+            "evaluation": _changed(asdict(self.evaluation), asdict(EvaluationSettings())),
+            "settings": _changed(settings.model_dump(), RunSettings().model_dump()),
             "versions": [unlearn_gym.__version__, torch.__version__], "schedule": task.schedule.model_dump(),
             "forget_classes": task.forget_classes, "num_inference_steps": task.num_inference_steps,
-            "files": {path.name: sha256(path) for path in sorted([*files, CLASSIFIER_WEIGHTS])},
+            "files": sorted(sha256(path) for path in [*files, CLASSIFIER_WEIGHTS]),
         }  # fmt: skip
         keys = {}
-        for policy in (*REFERENCES, *self.policies):
+        for policy in (*self.references(), *self.policies):
             source = policy_source(policy, self.task)
             own = {**common, "source": None if source is None else sha256(source)}
             keys[policy] = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -104,109 +123,122 @@ class Comparison:
 
     def cells(self) -> list[tuple[str, int]]:
         """(policy, seed) of every cell; the references do not depend on the seed."""
-        return [(name, 0) for name in REFERENCES] + [(p, seed) for seed in self.seeds for p in self.policies]
+        return [(name, 0) for name in self.references()] + [(p, seed) for seed in self.seeds for p in self.policies]
+
+    def references(self) -> tuple[str, ...]:
+        """The untouched model and, where the task has one, the retrained oracle."""
+        return REFERENCES if get_task(self.task).oracle_path.is_file() else (UNTOUCHED,)
+
+
+def _changed(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """``values`` that are not the default: a setting that a later version adds does not make older cells others."""
+    return {name: value for name, value in values.items() if value != defaults[name]}
 
 
 def run_comparison(
-    comparison: Comparison, out: Path, *, jobs: int = 1, command: str = "", progress: CellProgress | None = None
-) -> dict[str, Any]:
-    """Run every cell that ``out`` does not hold yet, in ``jobs`` processes, and write ``results.json``.
+    comparison: Comparison,
+    out: Path,
+    *,
+    store: CellStore | None = None,
+    jobs: int = 1,
+    command: str = "",
+    progress: CellProgress | None = None,
+) -> Results:
+    """Run every cell that neither ``store`` nor ``out`` holds yet, in ``jobs`` processes; writes ``results.json``.
 
-    Every finished cell is a file of its own, so an interrupted comparison continues where it stopped.
-    ``progress(cell, done, total)`` is called for every cell, and first with None. Returns the results.
+    Every finished cell is a file of its own in ``store`` (default: ``out/cells``), so an interrupted comparison
+    continues where it stopped. ``progress(cell, done, total)`` is called for every cell, and first with None.
     """
     if jobs < 1:
         raise SettingsError(f"jobs={jobs} must be at least 1")
     comparison.validate()
-    (out / "cells").mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    store = store or CellStore(out / "cells", known=_finished_cells(out))
     cells, keys = comparison.cells(), comparison.cell_keys()
     report = progress or (lambda cell, done, total: None)
     report(None, 0, len(cells))
-    stored = {cell: _read_cell(_cell_path(out, *cell), keys[cell[0]]) for cell in cells}
-    found: dict[tuple[str, int], dict[str, Any]] = {}
-    for name, cell in stored.items():
+    found: dict[CellName, dict[str, Any]] = {}
+    for name in cells:
+        cell = store.read(*name, keys[name[0]])
         if cell is not None:
             found[name] = cell
             report(cell, len(found), len(cells))
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
     parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
     task = get_task(comparison.task)
-    open_cells = [cell for cell in cells if cell not in found]
     for cell in parallel(
-        joblib.delayed(_store_cell)(task, comparison, out, *cell, keys[cell[0]], threads) for cell in open_cells
+        joblib.delayed(_run_and_keep)(task, comparison, store, out, *name, keys[name[0]], threads)
+        for name in cells
+        if name not in found
     ):
         found[cell["policy"], cell["seed"]] = cell
         report(cell, len(found), len(cells))
-    results = {
-        "comparison": asdict(comparison), **_provenance(comparison, command), "cells": [found[cell] for cell in cells]
+    raw = {
+        "comparison": asdict(comparison), **_provenance(comparison, command), "cells": [found[name] for name in cells]
     }  # fmt: skip
-    write_json(out / "results.json", results, indent=None)
-    return results
+    write_json(out / "results.json", raw, indent=None)
+    return Results(raw)
 
 
-def _store_cell(
-    task: Task, comparison: Comparison, out: Path, policy: str, seed: int, key: str, threads: int | None
-) -> dict[str, Any]:
-    """Run a cell and write it, perhaps in a process that knows no task of the user's yet."""
+def _finished_cells(out: Path) -> list[dict[str, Any]]:
+    """The cells of the ``results.json`` in ``out``, if there is a whole one."""
+    try:
+        return load_results(out).cells
+    except ResultsError:
+        return []
+
+
+def _run_and_keep(
+    task: Task, comparison: Comparison, store: CellStore, out: Path, policy: str, seed: int, key: str,
+    threads: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Run a cell and store it, perhaps in a process that knows no task of the user's yet."""
     if threads is not None:
         torch.set_num_threads(threads)
     if task.name not in task_names():
         register_task(task)
     c = comparison
-    cell = run_cell(task, policy, seed, c.options, c.evaluation, c.data_root, keep_samples=seed in (0, c.seeds[0]))
+    keep_samples = seed in (0, c.seeds[0])
+    cell = run_cell(c.task, policy, seed, c.options, c.evaluation, c.data_root, keep_samples=keep_samples)
     cell["key"] = key
-    path = _cell_path(out, policy, seed)
-    write_curves(out / "tensorboard" / path.stem, cell)
-    write_json(path, cell, indent=None)
+    write_curves(out / "tensorboard" / store.path(policy, seed, key).stem, cell)
+    store.write(cell)
     return cell
 
 
-def _cell_path(out: Path, policy: str, seed: int) -> Path:
-    slug = re.sub(r"[^A-Za-z0-9.]+", "-", policy).strip("-")
-    digest = hashlib.sha256(policy.encode()).hexdigest()[:6]
-    return out / "cells" / f"{slug}-{digest}-seed{seed}.json"
-
-
-def _read_cell(path: Path, key: str) -> dict[str, Any] | None:
-    """The cell at ``path`` if it is whole and of this comparison."""
-    try:
-        cell: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
+def agent_training(policy: str, task: str) -> dict[str, Any] | None:
+    """What a shipped or trained agent's manifest says of its training's cost; None for all that needed none."""
+    source = policy_source(policy, task)
+    if source is None or source.suffix != ".zip" or not source.with_suffix(".json").is_file():
         return None
-    return cell if cell.get("key") == key else None
+    trained = json.loads(source.with_suffix(".json").read_text())
+    return {key: trained.get(key) for key in ("seconds", "timesteps", "reward", "seed", "task")}
 
 
-def load_results(folder: Path) -> dict[str, Any]:
-    """The ``results.json`` of a finished comparison; raises :class:`ResultsError` when there is none."""
-    path = folder / "results.json"
+def _probe_cap(task: Task) -> float | None:
+    """The forget loss of a model that never saw the data, on a run's probe, where it was measured."""
     try:
-        results = json.loads(path.read_text())
-    except OSError:
-        raise ResultsError(f"no results.json in {folder}; finish 'unlearn-gym compare --out {folder}'") from None
-    except ValueError as error:
-        raise ResultsError(f"{path} is damaged ({error}); run the comparison again") from None
-    missing = RESULT_KEYS - results.keys() if isinstance(results, dict) else RESULT_KEYS
-    if missing:
-        raise ResultsError(f"{path} lacks {sorted(missing)[0]!r}; run the comparison again")
-    return dict(results)
-
-
-RESULT_KEYS = {"comparison", "settings", "calibration", "versions", "cells", "command"}
+        return task.unseen_forget_loss
+    except TaskError:
+        return None
 
 
 def _provenance(comparison: Comparison, command: str) -> dict[str, Any]:
     """Where the figures come from: settings, versions, machine, and what the classifier says of real data."""
     task = get_task(comparison.task)
     data = load_data(task, comparison.data_root)
-    evaluator = Evaluator(task, data, comparison.evaluation)
+    judge = evaluator(comparison.task, comparison.data_root, comparison.evaluation).judge
     packages = ("torch", "gymnasium", "stable-baselines3", "torch-fidelity", "numpy")
     return {
         "command": command,
         "settings": task.settings.override(**comparison.options).model_dump(),
+        "num_train_timesteps": task.schedule.num_train_timesteps,
         "num_inference_steps": comparison.evaluation.num_inference_steps or task.num_inference_steps,
         "num_retain": len(data.retain), "num_forget": len(data.forget), "num_reference": len(data.heldout),
-        "feature_dim": None if evaluator.reference is None else evaluator.reference.shape[1],
-        "calibration": evaluator.calibration() if task.classify else {},
+        "feature_dim": judge.reference.features.shape[1] if task.classify else None,
+        "calibration": judge.calibration() if task.classify else {},
+        "probe_cap": _probe_cap(task),
+        "training": {policy: agent_training(policy, comparison.task) for policy in comparison.policies},
         "versions": {
             "unlearn_gym": unlearn_gym.__version__, "python": platform.python_version(),
             **{name: version(name) for name in packages},

@@ -15,11 +15,19 @@ TRACED = (
 )  # fmt: skip
 
 
+PROBED = ("updates", "seconds", "forget_loss", "retain_loss")
+
+
 @dataclass
 class Episode:
-    """What an episode left behind: the trace of each traced term, the return, and the time it took."""
+    """What an episode left behind: the trace of each traced term, the probes, the return, and the time it took.
+
+    ``probe`` has lists of equal length: after how many ``updates`` and ``seconds`` of environment and policy which
+    ``forget_loss`` and ``retain_loss`` were measured on the run's fixed probe.
+    """
 
     trace: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in TRACED})
+    probe: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PROBED})
     episode_return: float = 0.0
     diverged: bool = False
     env_seconds: float = 0.0
@@ -30,16 +38,22 @@ def policy_context(env: SISSUnlearnEnv) -> PolicyContext:
     """What policies may know of ``env``."""
     s = env.settings
     low, high = (tuple(bound.tolist()) for bound in (env.observation_space.low, env.observation_space.high))
-    return PolicyContext(env.task.name, s.lambda_min, s.lambda_max, s.horizon, low, high)
+    return PolicyContext(env.task.name, s.lambda_min, s.lambda_max, s.horizon, low, high, env.observation_extra)
 
 
-def run_episode(env: SISSUnlearnEnv, policy: LambdaPolicy, seed: int) -> Episode:
-    """Reset both with ``seed`` and run to the end; afterwards ``env.run.model`` is the unlearned model."""
+def run_episode(env: SISSUnlearnEnv, policy: LambdaPolicy, seed: int, *, probe_every: int | None = None) -> Episode:
+    """Reset both with ``seed`` and run to the end; afterwards ``env.run.model`` is the unlearned model.
+
+    With ``probe_every`` the run's probe is measured at the start, after every so many updates, and at the end: that
+    draws nothing and changes nothing, and its time is not counted.
+    """
     episode, clock = Episode(), time.perf_counter
     update: Any = getattr(policy, "update", None)
     policy.reset(seed)
     obs, info = env.reset(seed=seed)
     terminated = False
+    if probe_every is not None:
+        _probe(env, episode)
     while not terminated:
         started = clock()
         lambda_ = policy.act(obs, info)
@@ -54,5 +68,14 @@ def run_episode(env: SISSUnlearnEnv, policy: LambdaPolicy, seed: int) -> Episode
         for name, values in episode.trace.items():
             values.append(info["terms"][name])
         obs = next_obs
+        if probe_every is not None and (terminated or env.run.updates % probe_every == 0):
+            _probe(env, episode)
     episode.diverged = info["diverged"]
     return episode
+
+
+def _probe(env: SISSUnlearnEnv, episode: Episode) -> None:
+    forget, retain = env.run.probe_losses()
+    values = (env.run.updates, episode.env_seconds + episode.policy_seconds, forget, retain)
+    for name, value in zip(PROBED, values, strict=True):
+        episode.probe[name].append(value)

@@ -1,202 +1,249 @@
-"""Metrics of a model's samples and losses.
+"""Every metric of a model: what it has forgotten, what its samples are worth, how far it is from the oracle.
 
-FID and KID here are computed on the features of the shipped classifier (or the task's own), never on Inception
-features: their values compare models within this package and nothing outside it.
+``catalogue.py`` says of each what it means; features are those of the task's own classifier unless a name says
+Inception.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import hashlib
-import io
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from unlearn_gym.diffusion import sample
 from unlearn_gym.errors import ResultsError
+from unlearn_gym.evaluation.forgetting import membership_auc, nearest, reconstruct, reconstruction_distance
+from unlearn_gym.evaluation.inception import inception_features
+from unlearn_gym.evaluation.judge import EvaluationSettings, Judge, Judged
+from unlearn_gym.evaluation.likelihood import ode_nll, variational_bound
+from unlearn_gym.evaluation.quality import (
+    SSIM_SIZE,
+    class_score,
+    class_shares,
+    fid,
+    kid,
+    precision_recall,
+    ssim,
+    total_variation,
+)
 from unlearn_gym.tasks import Task, TaskData, to_model_range
-from unlearn_gym.tasks.probe import set_losses
+from unlearn_gym.tasks.probe import probe_grid
 
-KID_SUBSETS = 50
-KID_SUBSET_SIZE = 200
-
-
-def fid(features: Tensor, reference: Tensor) -> float:
-    """Fréchet distance of two feature sets ``(N, F)`` and ``(M, F)``; Heusel et al. (2017). 0 is best.
-
-    Raises :class:`ResultsError` when either has no more rows than columns: the covariance is singular
-    and the figure means nothing.
-    """
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-
-    smallest = min(len(features), len(reference))
-    if smallest <= features.shape[1]:
-        raise ResultsError(f"FID on {features.shape[1]} features needs more than {smallest} samples")
-    statistics = (fid_features_to_statistics(x.double()) for x in (features, reference))
-    return float(fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"])
+PROBE_SIZE = 100
+"""Samples of each set for reconstructions and for differences of noise predictions."""
 
 
-def kid(features: Tensor, reference: Tensor, *, subset_size: int = KID_SUBSET_SIZE, seed: int = 0) -> float:
-    """Unbiased squared kernel distance of two feature sets, cubic kernel; Bińkowski et al. (2018).
+@dataclass
+class Figures:
+    """Metrics by name, and for each one that could not be computed the reason."""
 
-    Mean over 50 random subsets; 0 is best, slightly negative values occur. Raises :class:`ResultsError`
-    when a set is smaller than ``subset_size``.
-    """
-    from torch_fidelity.metric_kid import kid_features_to_metric
+    values: dict[str, float] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
 
-    smallest = min(len(features), len(reference))
-    if smallest < subset_size:
-        raise ResultsError(f"KID with subset_size={subset_size} needs at least that many samples, not {smallest}")
-    with contextlib.redirect_stdout(io.StringIO()):
-        result = kid_features_to_metric(
-            features.double(), reference.double(),
-            kid_subsets=KID_SUBSETS, kid_subset_size=subset_size, rng_seed=seed, verbose=False,
-        )  # fmt: skip
-    return float(result["kernel_inception_distance_mean"])
+    def add(self, name: str, value: float) -> None:
+        """Take in a value, or its absence where it is not finite."""
+        if math.isfinite(value):
+            self.values[name] = float(value)
+        else:
+            self.absent[name] = "not finite"
 
-
-def wilson_interval(hits: int, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a share of ``hits`` in ``n``."""
-    interval = binomtest(hits, n).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """Size of an evaluation: samples for the forget rate, for quality, and the sampler's steps."""
-
-    num_forget_samples: int = 1000
-    num_quality_samples: int = 500
-    num_inference_steps: int | None = None
-    batch_size: int = 125
-    seed: int = 7
-
-    def validate(self) -> None:
-        """Raise :class:`ResultsError` for sizes from which a metric cannot be computed."""
-        if self.num_forget_samples < 1:
-            raise ResultsError(f"num_forget_samples={self.num_forget_samples} must be at least 1")
-        if self.num_quality_samples < KID_SUBSET_SIZE:
-            raise ResultsError(
-                f"num_quality_samples={self.num_quality_samples} is too few for KID; take at least {KID_SUBSET_SIZE}"
-            )
-
-
-class Judged(NamedTuple):
-    """Samples ``(N, *S)``, their features ``(N, F)`` and classes ``(N,)`` by the task's classifier, on the CPU."""
-
-    samples: Tensor
-    features: Tensor
-    classes: Tensor
-
-
-_REFERENCES: dict[tuple[Any, str], Tensor] = {}
-
-
-def reference_features(task: Task, data: TaskData) -> Tensor:
-    """Features ``(M, F)`` of the held-out retain data, computed once per process and content (by its SHA-256)."""
-    classify = task.classifier
-    digest = hashlib.sha256(data.heldout.cpu().contiguous().numpy().tobytes()).hexdigest()
-    if (classify, digest) not in _REFERENCES:
-        _REFERENCES[classify, digest] = classify(to_model_range(data.heldout))[0]
-    return _REFERENCES[classify, digest]
+    @contextmanager
+    def trying(self, *names: str) -> Iterator[None]:
+        """What cannot be computed within is absent, with the error's line as the reason."""
+        try:
+            yield
+        except ResultsError as error:
+            self.absent |= {name: str(error) for name in names if name not in self.values}
 
 
 class Evaluation(NamedTuple):
-    """Metrics by name, and the samples ``(N, *S)`` that they were computed from (None without a classifier)."""
+    """Metrics by name, reasons of those that are absent, the forget loss at ten timesteps, and the samples
+    ``(N, *S)`` (None without a classifier).
+    """
 
     metrics: dict[str, float]
-    forget_samples: Tensor | None
-    quality_samples: Tensor | None
-    is_forget: Tensor | None
+    absent: dict[str, str]
+    profile: list[float]
+    forget_samples: Tensor | None = None
+    quality_samples: Tensor | None = None
+    is_forget: Tensor | None = None
     """Which of ``forget_samples`` the classifier calls forget data, bool ``(N,)``."""
 
 
 class Evaluator:
-    """Evaluates models of one task on the same noise, probe and retain-only reference.
+    """Evaluates models of one task on the same noise, probes and retain-only reference.
 
-    The metrics are ``forget_rate`` (share of ``num_forget_samples`` samples, under
-    the label that the forget data was learned with, that the task's classifier calls forget data),
-    ``forget_loss`` and ``retain_loss`` (noise-prediction loss on a fixed grid, of the forget set and of
-    held-out retain data), ``fid``, ``kid`` (against held-out retain data) and ``class_accuracy`` (share of
-    class-conditional samples, labels equally often, that the classifier assigns to their label).
-    Metrics that the task cannot have are absent.
+    Metrics that the task cannot have are absent from the result, with the reason.
     """
 
     def __init__(self, task: Task, data: TaskData, settings: EvaluationSettings | None = None) -> None:
         self.task, self.data, self.settings = task, data, settings or EvaluationSettings()
         self.alphas_cumprod = task.schedule.alphas_cumprod()
-        self.reference = None if task.classify is None else reference_features(task, data)
+        self.judge = Judge(task, data, self.settings)
+
+    @cached_property
+    def oracle(self) -> nn.Module | None:
+        """The retrained oracle, if the task has one."""
+        return self._for_evaluation(self.task.oracle_model()) if self.task.oracle_path.is_file() else None
+
+    @cached_property
+    def oracle_samples(self) -> Judged | None:
+        """The oracle's samples, of other noise than the models': its own row shows the distance of two draws."""
+        if self.oracle is None:
+            return None
+        judge, s = self.judge, self.settings
+        return judge.draw(self.oracle, judge.quality_labels(), s.num_quality_samples, s.seed + 2)
 
     def evaluate(self, model: nn.Module) -> Evaluation:
-        """All metrics of ``model``; raises :class:`ResultsError` when samples are too few for one."""
-        model = copy.deepcopy(model).to(memory_format=torch.channels_last).eval()
-        figures = set_losses(
-            model, self.data, self.alphas_cumprod, seed=self.settings.seed, batch_size=self.settings.batch_size
-        )
-        if self.reference is None:
-            return Evaluation(figures, None, None, None)
-        labels = self.quality_labels()
-        quality = self.draw(model, labels, self.settings.num_quality_samples, self.settings.seed)
-        if torch.isfinite(quality.features).all():
-            figures["fid"] = fid(quality.features, self.reference)
-            figures["kid"] = kid(quality.features, self.reference)
-        if labels is not None:
-            figures["class_accuracy"] = (quality.classes == labels).float().mean().item()
-        forget = self.draw(model, self.forget_labels(), self.settings.num_forget_samples, self.settings.seed + 1)
-        is_forget = self.are_forget_classes(forget.classes)
-        figures["forget_rate"] = is_forget.float().mean().item()
-        return Evaluation(figures, forget.samples, quality.samples, is_forget)
+        """All metrics of ``model``."""
+        model, figures = self._for_evaluation(model), Figures()
+        profile = self._losses(model, figures)
+        if not all(name in figures.values for name in ("forget_loss", "retain_loss")):
+            return Evaluation(figures.values, figures.absent, profile)
+        self._reconstruction(model, figures)
+        self._predictions(model, figures)
+        self._likelihoods(model, figures)
+        if self.task.classify is None:
+            figures.absent |= dict.fromkeys(("forget_rate", "feature_kid"), "the task has no classifier")
+            return Evaluation(figures.values, figures.absent, profile)
+        quality = self._quality(model, figures)
+        is_forget, forget = self._forgetting(model, figures)
+        return Evaluation(figures.values, figures.absent, profile, forget.samples, quality.samples, is_forget)
 
-    @torch.inference_mode()
-    def draw(self, model: nn.Module, labels: Tensor | None, n: int, seed: int) -> Judged:
-        """``n`` samples from the noise of ``seed``, on the model's device; each batch is judged as it comes."""
-        device = next(model.parameters()).device
-        alphas_cumprod, s = self.alphas_cumprod.to(device), self.settings
-        noise = torch.randn((n, *self.data.retain.shape[1:]), generator=torch.Generator().manual_seed(seed))
-        parts = []
-        for start in range(0, n, s.batch_size):
-            part = slice(start, start + s.batch_size)
-            samples = sample(
-                model, noise[part].to(device), alphas_cumprod, clip=self.task.clip,
-                labels=None if labels is None else labels[part].to(device),
-                num_inference_steps=s.num_inference_steps or self.task.num_inference_steps,
+    def _for_evaluation(self, model: nn.Module) -> nn.Module:
+        return copy.deepcopy(model).to(memory_format=torch.channels_last).eval()
+
+    def _grid(self, model: nn.Module, samples: Tensor, labels: Tensor | None, **options: Any) -> Tensor:
+        s = self.settings
+        return probe_grid(
+            model, samples, labels, self.alphas_cumprod, seed=s.seed, batch_size=s.batch_size, **options
+        )  # fmt: skip
+
+    def _losses(self, model: nn.Module, figures: Figures) -> list[float]:
+        """Losses of each set and the attack on them; returns the forget set's loss at each timestep."""
+        data = self.data
+        forget = self._grid(model, data.forget, data.forget_labels)
+        figures.add("forget_loss", forget.mean().item())
+        figures.add("retain_loss", self._grid(model, data.heldout, data.heldout_labels).mean().item())
+        if data.unseen is None:
+            figures.absent["membership_auc"] = "the task has no unseen data of the forget set's kind"
+        else:
+            unseen = self._grid(model, data.unseen, data.unseen_labels)
+            figures.add("membership_auc", membership_auc(forget.mean(0), unseen.mean(0)))
+        return forget.mean(1).tolist()
+
+    def _reconstruction(self, model: nn.Module, figures: Figures) -> None:
+        device, data = next(model.parameters()).device, self.data
+        x = to_model_range(data.forget[:PROBE_SIZE]).to(device)
+        labels = None if data.forget_labels is None else data.forget_labels[:PROBE_SIZE].to(device)
+        alphas_cumprod, clip = self.alphas_cumprod.to(device), self.task.clip
+        back = reconstruct(model, x, alphas_cumprod, labels=labels, clip=clip, seed=self.settings.seed)
+        figures.add("reconstruction_distance", reconstruction_distance(x, back))
+
+    def _predictions(self, model: nn.Module, figures: Figures) -> None:
+        """Mean squared differences of noise predictions: to the closed-form optimum on R, to the oracle on R and F."""
+        data = self.data
+        if self.task.optimum is not None:
+            optimum, alphas_cumprod = self.task.optimum, self.alphas_cumprod
+            error = self._grid(
+                model, data.heldout, data.heldout_labels,
+                target=lambda x_t, t, labels: optimum(x_t, alphas_cumprod.to(x_t.device)[t]),
             )  # fmt: skip
-            parts.append([x.cpu() for x in (samples, *self.task.classifier(samples))])
-        return Judged(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            figures.add("optimum_error", error.mean().item())
+        if self.oracle is None:
+            figures.absent |= dict.fromkeys(
+                ("oracle_error", "oracle_fid", "oracle_kid"), "the task has no retrained oracle"
+            )
+            return
+        sets = ((data.forget, data.forget_labels), (data.heldout, data.heldout_labels))
+        oracle = self.oracle.to(next(model.parameters()).device)
+        errors = [self._grid(model, *pair, target=oracle, num_samples=PROBE_SIZE).mean() for pair in sets]
+        figures.add("oracle_error", torch.stack(errors).mean().item())
 
-    def quality_labels(self) -> Tensor | None:
-        """Every label equally often, ``(num_quality_samples,)``; None for an unconditional model."""
-        if self.data.retain_labels is None:
-            return None
-        n, classes = self.settings.num_quality_samples, self.data.retain_labels.unique()
-        return classes.repeat(n // len(classes) + 1)[:n]
+    def _likelihoods(self, model: nn.Module, figures: Figures) -> None:
+        n, data, device = self.settings.num_likelihood_samples, self.data, next(model.parameters()).device
+        methods: dict[str, Callable[..., Tensor]] = {"bound": variational_bound, "ode": ode_nll}
+        for method, compute in methods.items():
+            for name, samples, labels in (
+                ("forget", data.forget, data.forget_labels), ("retain", data.heldout, data.heldout_labels)
+            ):  # fmt: skip
+                key = f"nll_{method}_{name}"
+                if n == 0:
+                    figures.absent[key] = "not asked for; give num_likelihood_samples"
+                    continue
+                with figures.trying(key):
+                    bits = compute(
+                        model, to_model_range(samples[:n]).to(device), self.alphas_cumprod.to(device),
+                        labels=None if labels is None else labels[:n].to(device),
+                        generator=torch.Generator(device).manual_seed(self.settings.seed),
+                        num_levels=256 if samples.dtype == torch.uint8 else None,
+                    )  # fmt: skip
+                    figures.add(key, bits.mean().item())
 
-    def forget_labels(self) -> Tensor | None:
-        """The label that the forget data was learned with, ``(num_forget_samples,)``; None if unconditional."""
-        label = self.task.probe_label
-        return None if label is None else torch.full((self.settings.num_forget_samples,), label)
+    def _quality(self, model: nn.Module, figures: Figures) -> Judged:
+        """Metrics of samples of the labels to retain, or of all samples of an unconditional model."""
+        labels, reference = self.judge.quality_labels(), self.judge.reference
+        drawn = self.judge.draw(model, labels, self.settings.num_quality_samples, self.settings.seed)
+        if not torch.isfinite(drawn.features).all():
+            figures.absent |= dict.fromkeys(("feature_fid", "feature_kid"), "the samples are not finite")
+            return drawn
+        self._feature_distances(drawn, figures)
+        num_classes = drawn.logits.shape[1]
+        wanted = reference.classes if labels is None else labels
+        shares = (class_shares(classes, num_classes) for classes in (drawn.classes, wanted))
+        figures.add("class_imbalance", total_variation(*shares))
+        if labels is not None:
+            figures.add("class_accuracy", (drawn.classes == labels).float().mean().item())
+        self._ssim(figures, "ssim_mean", drawn.samples, reference.samples.mean(0, keepdim=True))
+        self._inception(figures, drawn.samples, reference.samples)
+        return drawn
 
-    def are_forget_classes(self, classes: Tensor) -> Tensor:
-        """Which of ``classes (N,)`` are forget data, bool ``(N,)``."""
-        return torch.isin(classes, torch.tensor(self.task.forget_classes))
+    def _feature_distances(self, drawn: Judged, figures: Figures) -> None:
+        """How far the samples' features are from those of the reference and of the oracle's samples."""
+        expected = self.judge.reference.features
+        for name, metric in (("fid", fid), ("kid", kid)):
+            with figures.trying(f"feature_{name}"):
+                figures.add(f"feature_{name}", metric(drawn.features, expected))
+            with figures.trying(f"oracle_{name}"):
+                if self.oracle_samples is not None:
+                    figures.add(f"oracle_{name}", metric(drawn.features, self.oracle_samples.features))
+        for name, value in zip(("precision", "recall"), precision_recall(drawn.features, expected), strict=True):
+            figures.add(name, value)
+        figures.add("class_score", class_score(drawn.logits))
 
-    def calibration(self) -> dict[str, float]:
-        """What the classifier says of real data: share called forget data in held-out retain data (of the
-        probe label, where there is one) and in the forget set itself.
-        """
-        heldout = self.data.heldout
-        if self.task.probe_label is not None and self.data.heldout_labels is not None:
-            heldout = heldout[self.data.heldout_labels == self.task.probe_label]
-        called = [self.task.classifier(to_model_range(samples))[1] for samples in (heldout, self.data.forget)]
-        retain_rate, forget_rate = (self.are_forget_classes(classes).float().mean().item() for classes in called)
-        return {
-            "retain_called_forget": retain_rate,
-            "forget_called_forget": forget_rate,
-            "num_retain": float(len(heldout)),
-            "num_forget": float(len(self.data.forget)),
-        }
+    def _forgetting(self, model: nn.Module, figures: Figures) -> tuple[Tensor, Judged]:
+        """Metrics of samples drawn under the forget data's labels; returns which of them are forget data."""
+        judge, s = self.judge, self.settings
+        drawn = judge.draw(model, judge.forget_labels(), s.num_forget_samples, s.seed + 1)
+        is_forget, closest = judge.are_forget_classes(drawn.classes), nearest(drawn.samples, judge.forget)
+        figures.add("forget_rate", is_forget.float().mean().item())
+        figures.add("copy_rate", (closest.distance < judge.copy_threshold).float().mean().item())
+        figures.add("copy_distance", closest.distance.median().item())
+        self._ssim(figures, "ssim_copy", drawn.samples, judge.forget[closest.place])
+        return is_forget, drawn
+
+    def _ssim(self, figures: Figures, name: str, samples: Tensor, others: Tensor) -> None:
+        if samples.dim() != 4 or min(samples.shape[2:]) < SSIM_SIZE:
+            figures.absent[name] = f"SSIM is for images of at least {SSIM_SIZE} pixels a side"
+            return
+        with figures.trying(name):
+            figures.add(name, ssim(samples, others.expand_as(samples)).mean().item())
+
+    def _inception(self, figures: Figures, samples: Tensor, reference: Tensor) -> None:
+        names = ("inception_fid", "inception_kid", "inception_score")
+        if self.settings.inception_weights is None or samples.dim() != 4:
+            figures.absent |= dict.fromkeys(names, "no Inception weights were given")
+            return
+        weights = Path(self.settings.inception_weights)
+        (features, logits), (expected, _) = (inception_features(x, weights) for x in (samples, reference))
+        figures.add("inception_score", class_score(logits))
+        for name, metric in (("inception_fid", fid), ("inception_kid", kid)):
+            with figures.trying(name):
+                figures.add(name, metric(features, expected))

@@ -60,7 +60,7 @@ def shipped_classifier(device: str = "cpu") -> DigitGarmentClassifier:
 
 @torch.no_grad()
 def classify(images: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor]:
-    """Features ``(N, 64)`` and predicted classes ``(N,)`` of images in [-1, 1]."""
+    """Features ``(N, 64)`` and logits ``(N, 20)`` of images in [-1, 1]."""
     model = shipped_classifier(str(images.device))
-    parts = [model(batch) for batch in images.split(batch_size)]
-    return torch.cat([f for f, _ in parts]), torch.cat([logits.argmax(1) for _, logits in parts])
+    features, logits = zip(*(model(batch) for batch in images.split(batch_size)), strict=True)
+    return torch.cat(features), torch.cat(logits)

@@ -32,13 +32,16 @@ class LambdaPolicy(Protocol):
         ...
 
     def act(self, obs: Observation, info: dict[str, Any]) -> float:
-        """λ for the next update, in [lambda_min, lambda_max]; ``obs (6,)``, ``info`` of the last step."""
+        """λ for the next update, in [lambda_min, lambda_max]; ``obs (6,)`` or more, ``info`` of the last step."""
         ...
 
 
 @dataclass(frozen=True)
 class PolicyContext:
-    """What a policy may know of the environment it is made for."""
+    """What a policy may know of the environment it is made for.
+
+    ``observation_extra`` is how many entries ``observation="extended"`` has added at the observation's end.
+    """
 
     task: str
     lambda_min: float
@@ -46,6 +49,7 @@ class PolicyContext:
     horizon: int
     observation_low: tuple[float, ...] = ()
     observation_high: tuple[float, ...] = ()
+    observation_extra: int = 0
 
     def from_unit(self, share: float) -> float:
         """Map [0, 1] onto [lambda_min, lambda_max]."""

@@ -11,18 +11,20 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from unlearn_gym.errors import PolicyError, error_line
+from unlearn_gym.errors import PolicyError, UnlearnGymError, error_line
 from unlearn_gym.policies import open_loop, variational
 from unlearn_gym.policies.base import FunctionPolicy, LambdaPolicy, PolicyContext
+from unlearn_gym.policies.transfer import trained_network
+from unlearn_gym.policies.variational_spec import FORM, parse_variational
+from unlearn_gym.tasks import get_task
 
 SCHEDULES = {"linear": open_loop.linear, "cosine": open_loop.cosine, "exponential": open_loop.exponential}
 DRAWS = {"prior": open_loop.prior_draw, "random": open_loop.uniform_draw}
 SHIPPED_NAMES = ("ppo", "ppo-potential")
 BUILT_IN = ("static", "variational", *SHIPPED_NAMES, *DRAWS, *SCHEDULES)
-ESTIMATORS = (*variational.GRADIENT_ESTIMATORS, "variance")
 USAGE = (
     "static:λ, prior, random, linear[:from:to], cosine[:from:to], exponential[:from:to], "
-    f"variational:{{{','.join(ESTIMATORS)}}}[:beta], ppo, ppo-potential, a path to an SB3 .zip, module:attribute"
+    f"{FORM}, ppo, ppo-potential, a path to an SB3 .zip, module:attribute"
 )
 SHIPPED_AGENTS = Path(str(files("unlearn_gym"))) / "assets" / "agents"
 
@@ -40,7 +42,7 @@ def make_policy(spec: str, context: PolicyContext) -> LambdaPolicy:
         start, end = _lambdas(spec, arguments, context, 2) if arguments else (context.lambda_max, context.lambda_min)
         return open_loop.SchedulePolicy(SCHEDULES[name], start, end, context.horizon)
     if name == "variational":
-        return _variational(spec, arguments, context)
+        return _variational(spec, context)
     if name in SHIPPED_NAMES and not arguments:
         return _agent(SHIPPED_AGENTS / context.task / f"{name}.zip", context)
     if len(arguments) == 1 and all(part.isidentifier() for part in (*name.split("."), *arguments)):
@@ -50,8 +52,12 @@ def make_policy(spec: str, context: PolicyContext) -> LambdaPolicy:
 
 
 def policy_source(spec: str, task: str) -> Path | None:
-    """The file that a policy's behaviour comes from, where that is not this package: an agent or a user's module."""
+    """The file that a policy's behaviour comes from, where that is not this package: an agent, a user's module, or
+    the weights of the task that it was trained on.
+    """
     name, *arguments = spec.split(":")
+    if name == "variational" and ":from=" in spec:
+        return get_task(spec.partition(":from=")[2]).pretrained_path
     if spec.endswith(".zip"):
         return Path(spec)
     if name in SHIPPED_NAMES:
@@ -78,18 +84,21 @@ def _lambdas(spec: str, arguments: list[str], context: PolicyContext, count: int
     return values
 
 
-def _variational(spec: str, arguments: list[str], context: PolicyContext) -> LambdaPolicy:
-    if not arguments or len(arguments) > 2 or arguments[0] not in ESTIMATORS:
-        raise PolicyError(f"policy {spec!r}: name an estimator, variational:{{{','.join(ESTIMATORS)}}}[:beta]")
+def _variational(spec: str, context: PolicyContext) -> LambdaPolicy:
+    chosen = parse_variational(spec)
+    if chosen.estimator == "variance":
+        return variational.VariancePolicy(context, kl_coef=chosen.beta)
+    trained = None
     try:
-        beta = float(arguments[1]) if len(arguments) == 2 else 0.01
-    except ValueError:
-        beta = -1.0
-    if not 0.0 <= beta < float("inf"):
-        raise PolicyError(f"policy {spec!r}: beta={arguments[1]} must be a number of at least 0")
-    if arguments[0] == "variance":
-        return variational.VariancePolicy(context, kl_coef=beta)
-    return variational.VariationalPolicy(context, arguments[0], kl_coef=beta)
+        num_inputs = len(variational.seen_entries(chosen.features, context))
+        if chosen.source is not None:
+            task = get_task(chosen.source).name
+            trained = trained_network(task, chosen.estimator, chosen.beta, chosen.features, num_inputs)
+    except UnlearnGymError as error:
+        raise PolicyError(f"policy {spec!r}: {error}") from None
+    return variational.VariationalPolicy(
+        context, chosen.estimator, kl_coef=chosen.beta, features=chosen.features, trained=trained
+    )
 
 
 def _agent(path: Path, context: PolicyContext) -> LambdaPolicy:

@@ -9,20 +9,33 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from unlearn_gym.errors import PolicyError
 from unlearn_gym.policies.base import Observation, PolicyContext, Transition
 from unlearn_gym.siss import combine_products
 from unlearn_gym.step import SECOND_MOMENT_GRID
 
 GRADIENT_ESTIMATORS = ("pathwise", "score_function", "kl_only")
-NUM_FEATURES = 4
+FEATURE_SETS = ("losses", "norms", "extended")
+"""What the inference network sees: both losses; the gradient norms, too; all that an extended observation measures."""
+
+
+def seen_entries(features: str, context: PolicyContext) -> list[int]:
+    """Indices into an observation of what ``features`` names; raises :class:`PolicyError` where it lacks them."""
+    if features == "extended" and not context.observation_extra:
+        raise PolicyError(
+            "features=extended needs an environment with the setting observation='extended'; "
+            "set it, or use features=norms"
+        )
+    extra = range(-context.observation_extra, 0) if features == "extended" else ()
+    return [*range(2 if features == "losses" else 4), *extra]
 
 
 class InferenceNetwork(nn.Module):
-    """Features ``v (4,)`` -> (μ, log σ²) of the posterior on z; layer sizes of the paper's public code."""
+    """Features ``v (num_inputs,)`` -> (μ, log σ²) of the posterior on z; layer sizes of the paper's public code."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_inputs: int = 4) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(NUM_FEATURES, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2))
+        self.net = nn.Sequential(nn.Linear(num_inputs, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """μ and log σ², each 0-dim."""
@@ -37,41 +50,61 @@ class VariationalPolicy:
     dL_SISS/dλ is the run's, by ``estimator``: ``"pathwise"`` is the paper's reparameterisation (biased: it
     pushes λ down), ``"score_function"`` is unbiased and has expectation zero, ``"kl_only"`` is what the
     authors' public code does (the loss detached), so that λ tends to the prior. The network starts anew
-    with every episode. v are the observation's first four entries.
+    with every episode, unless a trained one is given: that one stays as it is, and only z is drawn.
 
     Args:
-        context: the environment's λ range.
+        context: the environment's λ range and how its observation ends.
         estimator: one of ``GRADIENT_ESTIMATORS``.
         kl_coef: β, weight of the KL term (0.01 in the authors' code).
         learning_rate: Adam's; the authors' 1e-4 serves runs of hundreds of updates, the default one of 60.
+        features: v, one of ``FEATURE_SETS``; ``"norms"`` is the observation's first four entries.
+        trained: a network to be used frozen, of as many inputs as v has (:mod:`unlearn_gym.policies.transfer`).
+
+    Raises :class:`PolicyError` for ``"extended"`` features of an observation that is not.
     """
 
     def __init__(
-        self, context: PolicyContext, estimator: str, *, kl_coef: float = 0.01, learning_rate: float = 0.01
+        self,
+        context: PolicyContext,
+        estimator: str,
+        *,
+        kl_coef: float = 0.01,
+        learning_rate: float = 0.01,
+        features: str = "norms",
+        trained: InferenceNetwork | None = None,
     ) -> None:
         self.context, self.estimator, self.kl_coef, self.learning_rate = context, estimator, kl_coef, learning_rate
+        self.entries = seen_entries(features, context)
+        self.trained = None if trained is None else trained.requires_grad_(False)
         self.reset(0)
 
     def reset(self, seed: int) -> None:
-        """A new inference network and a new stream of ξ, both from ``seed``."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.network = InferenceNetwork()
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=self.learning_rate)
+        """A new inference network, unless one is frozen, and a new stream of ξ, both from ``seed``."""
+        if self.trained is not None:
+            self.network = self.trained
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.network = InferenceNetwork(len(self.entries))
+            self.optimizer = torch.optim.Adam(self.network.parameters(), lr=self.learning_rate)
+        self.reseed(seed)
+
+    def reseed(self, seed: int) -> None:
+        """A new stream of ξ; the network and its optimizer go on."""
         self.generator = torch.Generator().manual_seed(seed)
         self._lambda: Tensor | None = None
 
     def act(self, obs: Observation, info: dict[str, Any]) -> float:
         """Draw λ; the graph is kept for the update that follows."""
-        self._mu, self._log_variance = self.network(torch.as_tensor(obs[:NUM_FEATURES]))
+        self._mu, self._log_variance = self.network(torch.as_tensor(obs[self.entries]))
         xi = torch.randn((), generator=self.generator)
         share = torch.sigmoid(self._mu + (0.5 * self._log_variance).exp() * xi)
         self._lambda = self.context.lambda_min + (self.context.lambda_max - self.context.lambda_min) * share
         return self.context.clip(float(self._lambda.detach()))
 
     def update(self, transition: Transition) -> None:
-        """One step on the ELBO loss, with the run's λ-gradient in place of the loss's own."""
-        if self._lambda is None or transition.info["diverged"]:
+        """One step on the ELBO loss, with the run's λ-gradient in place of the loss's own; none of a frozen network."""
+        if self.trained is not None or self._lambda is None or transition.info["diverged"]:
             return
         gradient = transition.info["terms"]["lambda_gradients"][self.estimator]
         kl = 0.5 * (self._mu.square() + self._log_variance.exp() - 1.0 - self._log_variance)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from unlearn_gym.diffusion import ScheduleConfig
 from unlearn_gym.models import MLPConfig, UNetConfig
@@ -18,9 +17,11 @@ from unlearn_gym.tasks.registry import (
     DATA_ROOT_VARIABLE,
     FeatureConstants,
     Task,
+    TaskFamily,
     get_task,
     load_data,
     provide_data,
+    register_family,
     register_task,
     resolve_data_root,
     task_names,
@@ -31,9 +32,11 @@ __all__ = [
     "FeatureConstants",
     "Task",
     "TaskData",
+    "TaskFamily",
     "get_task",
     "load_data",
     "provide_data",
+    "register_family",
     "register_task",
     "resolve_data_root",
     "task_names",
@@ -44,6 +47,9 @@ ASSETS = Path(str(files("unlearn_gym"))) / "assets"
 MNIST_ARCHIVE = ASSETS / "mnist-trousers" / "data.npz"
 
 
+MNIST_NETWORK = UNetConfig(channels=(48, 96), num_blocks=1)
+
+
 def _load_mnist_trousers(data_root: Path | None, download: bool) -> TaskData:
     return mnist.load_mnist_trousers(MNIST_ARCHIVE, data_root, download=download)
 
@@ -52,25 +58,65 @@ def _load_mnist_tshirt(data_root: Path | None, download: bool) -> TaskData:
     return mnist.load_mnist_tshirt(MNIST_ARCHIVE, ASSETS / "mnist-tshirt" / "data.npz", data_root, download=download)
 
 
-def _load_gaussians(data_root: Path | None, download: bool) -> TaskData:
-    return gaussians.load_gaussians()
+def _load_mnist_digits(digits: tuple[int, ...], data_root: Path | None, download: bool) -> TaskData:
+    return mnist.load_mnist_digits(MNIST_ARCHIVE, digits, data_root, download=download)
 
 
-def _classify_points(points: Tensor) -> tuple[Tensor, Tensor]:
-    return points.to(torch.float32), gaussians.nearest_mode(points)
+def _load_gaussians(modes: tuple[int, ...], data_root: Path | None, download: bool) -> TaskData:
+    return gaussians.load_gaussians(modes)
+
+
+def _member_folders(family: str, classes: tuple[int, ...], name: str) -> dict[str, Any]:
+    """Where one member of a family has its oracle and constants, and where the pretrained weights are."""
+    if name == family:
+        return {"assets": ASSETS / family, "pretrained_assets": None}
+    return {"assets": ASSETS / family / "-".join(map(str, classes)), "pretrained_assets": ASSETS / family}
+
+
+def make_mnist_digits(digits: tuple[int, ...], name: str) -> Task:
+    """The task that forgets ``digits`` of MNIST."""
+    return Task(
+        name=name,
+        description=f"class-conditional DDPM on MNIST: forget the digits {', '.join(map(str, digits))}",
+        network=MNIST_NETWORK.model_copy(update={"num_classes": 10}),
+        load_data=partial(_load_mnist_digits, digits),
+        **_member_folders("mnist-digits", digits, name),
+        settings=RunSettings(learning_rate=3e-5),
+        classify=classify,
+        forget_classes=digits,
+        probe_labels=digits,
+    )
+
+
+def make_gaussians(modes: tuple[int, ...], name: str) -> Task:
+    """The task that forgets ``modes`` of the ring."""
+    kept = tuple(mode for mode in range(gaussians.NUM_MODES) if mode not in modes)
+    return Task(
+        name=name,
+        description=f"small MLP on a ring of eight Gaussians in the plane: forget {', '.join(map(str, modes))}",
+        network=MLPConfig(),
+        schedule=ScheduleConfig(num_train_timesteps=200, beta_start=5e-4, beta_end=0.1),
+        load_data=partial(_load_gaussians, modes),
+        **_member_folders("gaussians-2d", modes, name),
+        settings=RunSettings(learning_rate=3e-4, skip_zero_weights=False),
+        classify=gaussians.classify_points,
+        forget_classes=modes,
+        optimum=partial(gaussians.optimal_epsilon, kept),
+        clip=None,
+    )
 
 
 register_task(
     Task(
         name="mnist-trousers",
         description="class-conditional DDPM on 60,000 digits and 674 trousers labelled 1: forget the trousers",
-        network=UNetConfig(channels=(48, 96), num_blocks=1, num_classes=10),
+        network=MNIST_NETWORK.model_copy(update={"num_classes": 10}),
         load_data=_load_mnist_trousers,
         assets=ASSETS / "mnist-trousers",
         settings=RunSettings(learning_rate=3e-5),
         classify=classify,
         forget_classes=GARMENTS,
-        probe_label=mnist.TROUSERS_LABEL,
+        probe_labels=(mnist.TROUSERS_LABEL,),
     )
 )
 
@@ -78,7 +124,7 @@ register_task(
     Task(
         name="mnist-tshirt",
         description="unconditional DDPM on 60,000 digits and one T-shirt 606 times: forget the T-shirt",
-        network=UNetConfig(channels=(48, 96), num_blocks=1),
+        network=MNIST_NETWORK,
         load_data=_load_mnist_tshirt,
         assets=ASSETS / "mnist-tshirt",
         settings=RunSettings(learning_rate=2e-5),
@@ -87,17 +133,5 @@ register_task(
     )
 )
 
-register_task(
-    Task(
-        name="gaussians-2d",
-        description="small MLP on a ring of eight Gaussians in the plane: forget the first",
-        network=MLPConfig(),
-        schedule=ScheduleConfig(num_train_timesteps=200, beta_start=5e-4, beta_end=0.1),
-        load_data=_load_gaussians,
-        assets=ASSETS / "gaussians-2d",
-        settings=RunSettings(learning_rate=3e-4, skip_zero_weights=False),
-        classify=_classify_points,
-        forget_classes=(0,),
-        clip=None,
-    )
-)
+register_family(TaskFamily("mnist-digits", num_classes=10, default=(3,), make=make_mnist_digits))
+register_family(TaskFamily("gaussians-2d", num_classes=gaussians.NUM_MODES, default=(0,), make=make_gaussians))

@@ -1,4 +1,4 @@
-"""What is retained and what is forgotten, as tensors."""
+"""What is retained, what is forgotten and what was never seen, as tensors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from torch import Tensor
 from unlearn_gym.errors import DataError
 from unlearn_gym.models.weights import read_tensors, save_weights
 
+SIZES = ("retain_size", "forget_size")
+
 
 @dataclass(frozen=True)
 class TaskData:
-    """Retain set R, forget set F and retain data that the model never saw.
+    """Retain set R, forget set F, and data of both kinds that the model never saw: ``heldout`` and ``unseen``.
 
     Samples are ``(N, *S)``: uint8 images, turned to [-1, 1] by :func:`to_model_range` batch by batch,
-    or float points. Labels are int64 ``(N,)``, or None for an unconditional model. ``retain_size`` is the
-    size of the whole retain set that the model learned, where ``retain`` is only a part of it.
+    or float points. Labels are int64 ``(N,)``, or None for an unconditional model. ``retain_size`` and
+    ``forget_size`` are the sizes of the whole sets that the model learned, where ``retain`` and ``forget``
+    are only parts of them. ``unseen`` is optional: without it there is no membership-inference metric.
     """
 
     retain: Tensor
@@ -28,10 +31,13 @@ class TaskData:
     retain_labels: Tensor | None = None
     forget_labels: Tensor | None = None
     heldout_labels: Tensor | None = None
+    unseen: Tensor | None = None
+    unseen_labels: Tensor | None = None
     retain_size: int | None = None
+    forget_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("retain", "forget", "heldout"):
+        for name in ("retain", "forget", "heldout", *(["unseen"] if self.unseen is not None else [])):
             samples, labels = getattr(self, name), getattr(self, f"{name}_labels")
             if len(samples) == 0:
                 raise DataError(f"the {name} set is empty; give it at least one sample")
@@ -50,8 +56,7 @@ class TaskData:
     def save(self, path: Path, **more: Tensor) -> None:
         """Write everything, and ``more`` tensors, to a safetensors file that other processes can map."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        if self.retain_size is not None:
-            values["retain_size"] = torch.tensor(self.retain_size)
+        values |= {k: torch.tensor(values[k]) for k in SIZES if values[k] is not None}
         save_weights(path, {k: v for k, v in (values | more).items() if v is not None})
 
     @classmethod
@@ -59,8 +64,7 @@ class TaskData:
         """What :meth:`save` wrote, data and ``more``, mapped into memory: processes share one copy."""
         tensors = read_tensors(path)
         values: dict[str, Any] = {f.name: tensors.pop(f.name, None) for f in fields(cls)}
-        if values["retain_size"] is not None:
-            values["retain_size"] = int(values["retain_size"])
+        values |= {k: int(values[k]) for k in SIZES if values[k] is not None}
         return cls(**values), tensors
 
     def to(self, device: str | torch.device) -> Self:

@@ -27,10 +27,27 @@ def sample_modes(modes: list[int], per_mode: int, generator: torch.Generator) ->
     return points[torch.randperm(len(points), generator=generator)]
 
 
-def nearest_mode(points: Tensor) -> Tensor:
-    """Index of the closest mode within 4 standard deviations, -1 for none: ``(N,)``."""
-    distance, index = torch.cdist(points, mode_centers().to(points.device)).min(dim=1)
-    return torch.where(distance <= 4 * STD, index, torch.full_like(index, -1))
+def classify_points(points: Tensor) -> tuple[Tensor, Tensor]:
+    """The points themselves as features ``(N, 2)``, and log-densities under each mode, up to a constant, as logits
+    ``(N, 9)``; the ninth class is none of them: farther than 4 standard deviations from every mode.
+    """
+    points = points.to(torch.float32)
+    log_densities = -0.5 * (torch.cdist(points, mode_centers().to(points.device)) / STD).square()
+    return points, torch.cat([log_densities, torch.full_like(log_densities[:, :1], -0.5 * 4**2)], dim=1)
+
+
+def optimal_epsilon(modes: tuple[int, ...], x_t: Tensor, alpha_bars: Tensor) -> Tensor:
+    """E[noise | x_t] ``(B, 2)`` for equally likely ``modes``, ``x_t (B, 2)`` and ``alpha_bars (B,)``: the noise
+    prediction of least expected error.
+
+    x_t is a mixture of Gaussians of variance v = ᾱ STD² + 1 - ᾱ around √ᾱ c, and the noise's mean given x_t and the
+    mode is √(1-ᾱ) (x_t - √ᾱ c) / v.
+    """
+    alpha_bars = alpha_bars[:, None]
+    variance = alpha_bars * STD**2 + 1 - alpha_bars
+    offsets = x_t[:, None, :] - alpha_bars.sqrt()[:, :, None] * mode_centers()[list(modes)].to(x_t)[None]
+    shares = torch.softmax(-offsets.square().sum(2) / (2 * variance), dim=1)
+    return (1 - alpha_bars).sqrt() * (shares[:, :, None] * offsets).sum(1) / variance
 
 
 def load_gaussians(forget_modes: tuple[int, ...] = (0,), per_mode: int = 1000) -> TaskData:
@@ -41,4 +58,5 @@ def load_gaussians(forget_modes: tuple[int, ...] = (0,), per_mode: int = 1000) -
         retain=sample_modes(kept, per_mode, generator),
         forget=sample_modes(list(forget_modes), per_mode, generator),
         heldout=sample_modes(kept, per_mode // 4, generator),
+        unseen=sample_modes(list(forget_modes), per_mode, generator),
     )

@@ -1,5 +1,5 @@
-"""MNIST and what is to be forgotten beside it, from Fashion-MNIST: 674 trousers labelled 1 (the augmented MNIST of
-arXiv 2512.01054), or one T-shirt at 1 % of the data (as in Alberti et al., ICLR 2025).
+"""MNIST and what is to be forgotten: beside it 674 Fashion-MNIST trousers labelled 1 (the augmented MNIST of
+arXiv 2512.01054) or one T-shirt at 1 % of the data (as in Alberti et al., ICLR 2025), or some of its own digits.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from unlearn_gym.errors import DataError, error_line
 from unlearn_gym.tasks.data import TaskData
 
 NUM_FORGET = 674
+NUM_UNSEEN = 500
 TROUSERS_LABEL = 1
 FASHION_TROUSER_CLASS = 1
 FASHION_TSHIRT_CLASS = 0
 NUM_TSHIRTS = 606
 """Copies of the one T-shirt: 1 % of 60,606 samples."""
 FULL_RETAIN = 60_000
+DIGIT_COUNTS = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
+"""Training images of each digit in MNIST."""
 SHIPPED_RETAIN = 10_000
 SEED = 42
 
@@ -59,11 +62,11 @@ def load_shipped(path: Path) -> TaskData:
     return _task_data(*read_archive(path, ARCHIVE_KEYS))
 
 
-ARCHIVE_KEYS = ("retain", "retain_labels", "heldout", "heldout_labels", "forget")
+ARCHIVE_KEYS = ("retain", "retain_labels", "heldout", "heldout_labels", "forget", "unseen")
 
 
 def _task_data(
-    retain: Tensor, retain_labels: Tensor, heldout: Tensor, heldout_labels: Tensor, forget: Tensor
+    retain: Tensor, retain_labels: Tensor, heldout: Tensor, heldout_labels: Tensor, forget: Tensor, unseen: Tensor
 ) -> TaskData:
     return TaskData(
         retain=retain,
@@ -72,6 +75,8 @@ def _task_data(
         retain_labels=retain_labels.to(torch.int64),
         forget_labels=torch.full((len(forget),), TROUSERS_LABEL),
         heldout_labels=heldout_labels.to(torch.int64),
+        unseen=unseen,
+        unseen_labels=torch.full((len(unseen),), TROUSERS_LABEL),
     )
 
 
@@ -86,7 +91,8 @@ def load_mnist_trousers(archive: Path, data_root: Path | None = None, *, downloa
         return replace(shipped, retain_size=FULL_RETAIN)
     retain, retain_labels = load_torchvision("MNIST", data_root, train=True, download=download)
     heldout, heldout_labels = load_torchvision("MNIST", data_root, train=False, download=download)
-    return _task_data(retain, retain_labels, heldout, heldout_labels, shipped.forget)
+    assert shipped.unseen is not None
+    return _task_data(retain, retain_labels, heldout, heldout_labels, shipped.forget, shipped.unseen)
 
 
 def load_mnist_tshirt(
@@ -94,42 +100,75 @@ def load_mnist_tshirt(
 ) -> TaskData:
     """Data of ``mnist-tshirt``, unlabelled: the digits of ``mnist-trousers``, and one T-shirt 606 times."""
     data = load_mnist_trousers(digits, data_root, download=download)
-    (tshirt,) = read_archive(archive, ("forget",))
+    tshirt, unseen = read_archive(archive, ("forget", "unseen"))
     return TaskData(
         retain=data.retain,
         forget=tshirt.expand(NUM_TSHIRTS, *tshirt.shape[1:]),
         heldout=data.heldout,
+        unseen=unseen,
         retain_size=data.retain_size,
     )
+
+
+def load_mnist_digits(
+    digits: Path, forget_digits: tuple[int, ...], data_root: Path | None = None, *, download: bool = False
+) -> TaskData:
+    """Data of ``mnist-digits``: the digits of ``mnist-trousers``, those of ``forget_digits`` to be forgotten."""
+    data = load_mnist_trousers(digits, data_root, download=download)
+    assert data.retain_labels is not None
+    assert data.heldout_labels is not None
+    forgotten = torch.tensor(forget_digits)
+    train, test = torch.isin(data.retain_labels, forgotten), torch.isin(data.heldout_labels, forgotten)
+    forget_size = sum(DIGIT_COUNTS[digit] for digit in forget_digits)
+    return TaskData(
+        retain=data.retain[~train], retain_labels=data.retain_labels[~train],
+        forget=data.retain[train], forget_labels=data.retain_labels[train],
+        heldout=data.heldout[~test], heldout_labels=data.heldout_labels[~test],
+        unseen=data.heldout[test], unseen_labels=data.heldout_labels[test],
+        retain_size=FULL_RETAIN - forget_size, forget_size=forget_size,
+    )  # fmt: skip
 
 
 def build_tshirt(archive: Path, data_root: Path, *, download: bool = False) -> str:
     """Choose the T-shirt and write it; returns the file's SHA-256.
 
     It is the training image closest to the mean of the brightest quarter of its class: bright, and typical.
+    The brightest quarter of the test T-shirts goes with it, as data that no model saw.
     """
-    garments, labels = load_torchvision("FashionMNIST", data_root, train=True, download=download)
-    tshirts = garments[labels == FASHION_TSHIRT_CLASS]
+    tshirts, unseen = (
+        _brightest_quarter(_garments(FASHION_TSHIRT_CLASS, data_root, train=train, download=download))
+        for train in (True, False)
+    )
     pixels = tshirts.flatten(1).float()
-    bright = pixels.sum(1).argsort(descending=True)[: len(tshirts) // 4]
-    typical = bright[(pixels[bright] - pixels[bright].mean(0)).square().sum(1).argmin()]
+    typical = (pixels - pixels.mean(0)).square().sum(1).argmin()
     archive.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(archive, forget=tshirts[typical : typical + 1].numpy())
+    np.savez_compressed(archive, forget=tshirts[typical : typical + 1].numpy(), unseen=unseen.numpy())
     return hashlib.sha256(archive.read_bytes()).hexdigest()
+
+
+def _garments(kind: int, data_root: Path, *, train: bool, download: bool) -> Tensor:
+    """The images ``(N, 1, 28, 28)`` of one class of Fashion-MNIST."""
+    garments, labels = load_torchvision("FashionMNIST", data_root, train=train, download=download)
+    return garments[labels == kind]
+
+
+def _brightest_quarter(images: Tensor) -> Tensor:
+    return images[images.flatten(1).float().sum(1).argsort(descending=True)[: len(images) // 4]]
 
 
 def build_archive(archive: Path, data_root: Path, *, download: bool = False) -> str:
     """Choose the shipped images from the full data sets and write them; returns the file's SHA-256.
 
-    Seeded choice: 10,000 training digits to retain, all 10,000 test digits as held-out data, and
-    674 training trousers (10 % of the number of ones) to forget.
+    Seeded choice: 10,000 training digits to retain, all 10,000 test digits as held-out data, 674 training
+    trousers (10 % of the number of ones) to forget, and 500 test trousers as data that no model saw.
     """
     generator = torch.Generator().manual_seed(SEED)
     digits, labels = load_torchvision("MNIST", data_root, train=True, download=download)
     heldout, heldout_labels = load_torchvision("MNIST", data_root, train=False, download=download)
-    garments, garment_labels = load_torchvision("FashionMNIST", data_root, train=True, download=download)
+    trousers, unseen = (
+        _garments(FASHION_TROUSER_CLASS, data_root, train=train, download=download) for train in (True, False)
+    )
     kept = torch.randperm(len(digits), generator=generator)[:SHIPPED_RETAIN]
-    trousers = garments[garment_labels == FASHION_TROUSER_CLASS]
     chosen = trousers[torch.randperm(len(trousers), generator=generator)[:NUM_FORGET]]
     arrays: dict[str, NDArray[np.uint8]] = {
         "retain": digits[kept].numpy(),
@@ -137,6 +176,7 @@ def build_archive(archive: Path, data_root: Path, *, download: bool = False) -> 
         "heldout": heldout.numpy(),
         "heldout_labels": heldout_labels.numpy().astype(np.uint8),
         "forget": chosen.numpy(),
+        "unseen": unseen[:NUM_UNSEEN].numpy(),
     }
     archive.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(archive, **arrays)  # type: ignore[arg-type]

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from unlearn_gym.diffusion import grid_loss
+from unlearn_gym.diffusion import Predictor, grid_loss
 from unlearn_gym.tasks.data import TaskData, to_model_range
 
 
-def set_losses(
+def probe_grid(
     model: nn.Module,
-    data: TaskData,
+    samples: Tensor,
+    labels: Tensor | None,
     alphas_cumprod: Tensor,
     *,
     num_samples: int = 300,
     seed: int = 0,
     batch_size: int = 125,
-) -> dict[str, float]:
-    """``forget_loss`` and ``retain_loss``: noise-prediction loss, a mean over pixels, of up to ``num_samples``
-    forget and held-out retain samples at ten timesteps each; samples and noise are chosen by ``seed``.
+    target: Predictor | None = None,
+) -> Tensor:
+    """:func:`unlearn_gym.diffusion.grid_loss` ``(10, n)`` of up to ``num_samples`` of ``samples (N, *S)``, on the
+    model's device; samples and noise are chosen by ``seed``.
     """
-    device = next(model.parameters()).device
-    alphas_cumprod, figures = alphas_cumprod.to(device), {}
-    for key, samples, labels in (
-        ("forget_loss", data.forget, data.forget_labels),
-        ("retain_loss", data.heldout, data.heldout_labels),
-    ):
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(len(samples), generator=generator)[:num_samples]
-        losses = grid_loss(
-            model, to_model_range(samples[chosen]).to(device), alphas_cumprod,
-            labels=None if labels is None else labels[chosen].to(device), generator=generator, batch_size=batch_size,
-        )  # fmt: skip
-        figures[key] = losses.mean().item()
-    return figures
+    device, generator = next(model.parameters()).device, torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(samples), generator=generator)[:num_samples]
+    return grid_loss(
+        model, to_model_range(samples[chosen]).to(device), alphas_cumprod.to(device),
+        labels=None if labels is None else labels[chosen].to(device),
+        generator=generator, batch_size=batch_size, target=target,
+    ).cpu()  # fmt: skip
+
+
+def set_losses(model: nn.Module, data: TaskData, alphas_cumprod: Tensor, **options: Any) -> dict[str, float]:
+    """``forget_loss`` and ``retain_loss``: noise-prediction loss, a mean over pixels, of forget and of held-out
+    retain samples at ten timesteps each; ``options`` are those of :func:`probe_grid`.
+    """
+    return {
+        "forget_loss": probe_grid(model, data.forget, data.forget_labels, alphas_cumprod, **options).mean().item(),
+        "retain_loss": probe_grid(model, data.heldout, data.heldout_labels, alphas_cumprod, **options).mean().item(),
+    }

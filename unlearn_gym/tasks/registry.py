@@ -26,7 +26,7 @@ DATA_ROOT_VARIABLE = "UNLEARN_GYM_DATA_ROOT"
 
 class FeatureConstants(BaseModel):
     """Measured scales of a task: x0 of each feature at λ = 0.5 with factors (1, 1), and the forget
-    loss of a model that never saw the forget set (the oracle's).
+    loss of a model that never saw the forget set (the oracle's; None where there is no oracle).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -35,7 +35,7 @@ class FeatureConstants(BaseModel):
     forget_loss: float = Field(gt=0)
     retain_grad_norm: float = Field(gt=0)
     forget_grad_norm: float = Field(gt=0)
-    unseen_forget_loss: float = Field(gt=0)
+    unseen_forget_loss: float | None = Field(None, gt=0)
     num_batches: int = Field(ge=1)
     command: str = ""
 
@@ -47,10 +47,12 @@ class Task:
     ``network`` is a config, or a function that returns an ε-network
     ``(x_t, timesteps, labels or None) -> epsilon_pred`` of your own. ``load_data(data_root, download)``
     returns the sets. ``assets`` is the folder with ``pretrained.safetensors``, ``oracle.safetensors``
-    and ``constants.json``. ``classify(samples) -> (features (N, F), classes (N,))`` judges generated
-    samples; samples whose class is in ``forget_classes`` count as forget data. ``probe_label`` is the
-    label under which the forget data was learned (None for an unconditional model), ``clip`` the
-    range of the data (None for unbounded).
+    and ``constants.json``; ``pretrained_assets`` is that of the first, where tasks share it.
+    ``classify(samples) -> (features (N, F), logits (N, C))`` judges generated samples; those whose most likely
+    class is in ``forget_classes`` count as forget data. ``probe_labels`` are the labels under which the forget
+    data was learned (none for an unconditional model), ``clip`` the range of the data (None for unbounded).
+    ``optimum`` is the noise prediction of least expected error on the retain data, where it is known in closed
+    form: ``(x_t, alpha_bars (B,)) -> epsilon``.
     """
 
     name: str
@@ -58,11 +60,13 @@ class Task:
     network: UNetConfig | MLPConfig | Callable[[], nn.Module]
     load_data: Callable[[Path | None, bool], TaskData]
     assets: Path
+    pretrained_assets: Path | None = None
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     settings: RunSettings = field(default_factory=RunSettings)
     classify: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     forget_classes: tuple[int, ...] = ()
-    probe_label: int | None = None
+    probe_labels: tuple[int, ...] = ()
+    optimum: Callable[[Tensor, Tensor], Tensor] | None = None
     clip: float | None = 1.0
     num_inference_steps: int = 20
 
@@ -74,17 +78,32 @@ class Task:
 
     def pretrained_model(self) -> nn.Module:
         """The model that has learned D = R ∪ F."""
-        return self._load("pretrained")
+        return self._load(self.pretrained_path)
 
     def oracle_model(self) -> nn.Module:
-        """The same network trained on R alone."""
-        return self._load("oracle")
+        """The same network trained on R alone; raises :class:`TaskError` when there is none."""
+        if not self.oracle_path.is_file():
+            raise TaskError(f"task {self.name!r} has no retrained oracle; {self._remedy('--retain-only')}")
+        return self._load(self.oracle_path)
 
-    def _load(self, name: str) -> nn.Module:
+    @property
+    def pretrained_path(self) -> Path:
+        """The file of the weights that runs start from."""
+        return (self.pretrained_assets or self.assets) / "pretrained.safetensors"
+
+    @property
+    def oracle_path(self) -> Path:
+        """The file of the retrained oracle's weights; tasks of a family may lack it."""
+        return self.assets / "oracle.safetensors"
+
+    def _remedy(self, option: str) -> str:
+        return f"train it with 'unlearn-gym pretrain --task {self.name} {option} --out {self.assets}'"
+
+    def _load(self, path: Path) -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn only to be replaced
             model = self.build_model()
         try:
-            load_weights(model, self.assets / f"{name}.safetensors")
+            load_weights(model, path)
         except WeightsError as error:
             raise WeightsError(f"task {self.name!r}: {error}") from None
         return model
@@ -96,12 +115,31 @@ class Task:
             raise TaskError(f"task {self.name!r} has no classifier; give it classify= to judge samples")
         return self.classify
 
+    @property
+    def unseen_forget_loss(self) -> float:
+        """The forget loss, on a run's probe, of a model that never saw the forget set; raises :class:`TaskError`
+        when there was no oracle to measure it on.
+        """
+        loss = self.constants.unseen_forget_loss
+        if loss is None:
+            raise TaskError(
+                f"task {self.name!r} has no oracle, so what a model that never saw the data would lose is unknown; "
+                f"give potential_cap, or {self._remedy('--retain-only')} and calibrate"
+            )
+        return loss
+
     @cached_property
     def constants(self) -> FeatureConstants:
-        """Measured feature scales; raises :class:`TaskError` when they were never measured."""
-        path = self.assets / "constants.json"
+        """Measured feature scales; raises :class:`TaskError` when they were never measured.
+
+        A member of a family without its own has those of the family's default, but for the forget loss of a model
+        that never saw the data.
+        """
+        path, shared = self.assets / "constants.json", self.pretrained_path.parent / "constants.json"
+        borrowed = not path.is_file() and shared.is_file()
         try:
-            return FeatureConstants.model_validate(json.loads(path.read_text()))
+            constants = FeatureConstants.model_validate(json.loads((shared if borrowed else path).read_text()))
+            return constants.model_copy(update={"unseen_forget_loss": None}) if borrowed else constants
         except FileNotFoundError:
             raise TaskError(
                 f"task {self.name!r} has no {path.name}; run 'unlearn-gym calibrate --task {self.name}' "
@@ -113,7 +151,38 @@ class Task:
             raise TaskError(f"{path} is not JSON ({error}); measure it again") from None
 
 
+@dataclass(frozen=True)
+class TaskFamily:
+    """Tasks ``name:c,c…`` of one data set, each with the set of its classes 0..num_classes-1 to be forgotten;
+    ``name`` alone forgets ``default``. ``make(classes, name)`` builds the one for a sorted set.
+    """
+
+    name: str
+    num_classes: int
+    default: tuple[int, ...]
+    make: Callable[[tuple[int, ...], str], Task]
+
+    def member(self, text: str) -> Task:
+        """The task that forgets the classes in ``text``, as in ``"1,3"``; raises :class:`TaskError`."""
+        try:
+            classes = tuple(sorted(int(part) for part in text.split(",")))
+        except ValueError:
+            classes = ()
+        if not classes or len(set(classes)) < len(classes) or not 0 <= classes[0] <= classes[-1] < self.num_classes:
+            raise TaskError(
+                f"task '{self.name}:{text}': after the colon name different classes in 0..{self.num_classes - 1}, "
+                f"as in '{self.name}:1,3'"
+            )
+        if len(classes) == self.num_classes:
+            raise TaskError(f"task '{self.name}:{text}' forgets everything; leave at least one class to retain")
+        name = self.name if classes == self.default else f"{self.name}:{','.join(map(str, classes))}"
+        if name not in _TASKS:
+            register_task(self.make(classes, name))
+        return _TASKS[name]
+
+
 _TASKS: dict[str, Task] = {}
+_FAMILIES: dict[str, TaskFamily] = {}
 
 
 def register_task(task: Task) -> None:
@@ -123,15 +192,26 @@ def register_task(task: Task) -> None:
     _TASKS[task.name] = task
 
 
+def register_family(family: TaskFamily) -> None:
+    """Make all tasks of ``family`` available, each under its name."""
+    _FAMILIES[family.name] = family
+    register_task(family.make(family.default, family.name))
+
+
 def task_names() -> list[str]:
     """Names of all registered tasks."""
     return sorted(_TASKS)
 
 
 def get_task(name: str) -> Task:
-    """The task registered as ``name``; raises :class:`TaskError` with the closest name."""
+    """The task registered as ``name``, or a member of a family as ``"mnist-digits:1,3"``; raises
+    :class:`TaskError` with the closest name.
+    """
     if name in _TASKS:
         return _TASKS[name]
+    family, colon, classes = str(name).partition(":")
+    if colon and family in _FAMILIES:
+        return _FAMILIES[family].member(classes)
     close = difflib.get_close_matches(str(name), _TASKS, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(task_names())}"
     raise TaskError(f"unknown task {name!r}; {hint}")

@@ -1,0 +1,107 @@
+"""Experiments: files, sizes, shared cells, merging, and bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from unlearn_gym.errors import ResultsError
+from unlearn_gym.evaluation.experiment import load_experiment, run_experiment
+from unlearn_gym.evaluation.results import load_results
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = sorted((ROOT / "configs" / "experiments").glob("*.yaml"))
+
+ONE = """
+question: Which?
+seeds: 1
+num_samples: 200
+arms:
+  - {name: short, task: gaussians-2d, policies: ["static:0.3", prior], options: {horizon: 3}}
+  - {name: long, task: gaussians-2d, policies: ["static:0.3"], options: {horizon: 4}}
+quick: {seeds: 1, num_samples: 200, options: {horizon: 2}, arms: [short]}
+"""
+TWO = ONE.replace("prior", "random")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    experiments = tmp_path / "configs" / "experiments"
+    experiments.mkdir(parents=True)
+    (experiments / "one.yaml").write_text(ONE)
+    (experiments / "two.yaml").write_text(TWO)
+    (experiments / "both.yaml").write_text("question: All?\nmerge: [one, two]\n")
+    return tmp_path
+
+
+def run(name, quick=False, ran=None):
+    def progress(arm):
+        return lambda cell, done, total: None if ran is None or cell is None else ran.append((arm, cell["policy"]))
+
+    out = Path("out") / name
+    return run_experiment(name, out, quick=quick, jobs=1, data_root=None, command="test", progress=progress)
+
+
+def test_an_experiment_runs_all_arms_and_shares_cells_with_the_next(folder):
+    page = run("one").read_text()
+    assert "| short | prior |" in page
+    assert "| long | static:0.3 |" in page
+    assert "[short](short/report.md)" in page
+    cells = {p.name for p in Path("out/cells").iterdir()}
+    run("two")
+    assert len({p.name for p in Path("out/cells").iterdir()} - cells) == 1  # random of the short arm alone
+
+
+def test_the_quick_size_runs_its_arms_alone(folder):
+    page = run("one", quick=True).read_text()
+    assert "| long |" not in page
+    assert load_results(Path("out/one/short")).settings["horizon"] == 2
+
+
+def test_a_merging_experiment_brings_runs_of_equal_settings_together(folder):
+    for name in ("one", "two"):
+        run(name)
+    page = run("both").read_text()
+    merged = load_results(Path("out/both/gaussians-2d-horizon-3"))
+    assert merged.policies == ["untouched", "oracle", "static:0.3", "prior", "random"]
+    assert "gaussians-2d-horizon-4" in page
+
+
+def test_merging_what_has_not_run_names_the_command(folder):
+    with pytest.raises(ResultsError, match="run 'unlearn-gym experiment one' first"):
+        run("both")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_experiments_are_sound(path):
+    experiment = load_experiment(str(path))
+    for quick in (False, True):
+        for comparison in experiment.comparisons(None, quick=quick).values():
+            assert comparison.seeds
+            comparison.evaluation.validate()
+    assert set(experiment.merge) <= {p.stem for p in SHIPPED}
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("question: What?\n", "give arms, or merge"),
+        (ONE.replace("arms: [short]", "arms: [shrot]"), r"\['shrot'\] must be among them"),
+        (ONE.replace("name: long", "name: short"), "must have different names"),
+        (ONE + "sedes: 3\n", "sedes=3"),
+        (ONE.replace("seeds: 1\n", "seeds: 0\n"), "seeds=0"),
+        ("question: [", "is not YAML"),
+    ],
+)
+def test_a_bad_file_is_one_clear_line(folder, text, match):
+    (folder / "bad.yaml").write_text(text)
+    with pytest.raises(ResultsError, match=match) as caught:
+        load_experiment("bad.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_name_gets_the_nearest(folder):
+    with pytest.raises(ResultsError, match="did you mean 'one'"):
+        load_experiment("oen")

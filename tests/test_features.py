@@ -1,0 +1,182 @@
+"""The extended observation: its laws, its two groups, and that it changes nothing but what is seen."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env as gymnasium_check
+from gymnasium.wrappers import RescaleAction
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_checker import check_env as sb3_check
+
+from unlearn_gym.diffusion import ScheduleConfig
+from unlearn_gym.envs import SISSUnlearnEnv
+from unlearn_gym.envs.features import BAND_SAMPLES, FEATURE_CLIP, NUM_BANDS, NUM_SAMPLES, _forget_labels
+from unlearn_gym.errors import PolicyError, SettingsError
+from unlearn_gym.evaluation.episode import policy_context
+from unlearn_gym.policies import make_policy
+from unlearn_gym.tasks import get_task, register_task
+
+from .test_vector import N, make_vec, single_rows, vector_rows
+
+__all__ = ["make_vec"]  # a fixture
+
+FEATURE_DIMS = {"gaussians-2d": 2, "mnist-trousers": 64, "mnist-tshirt": 64}
+
+
+def make(task: str = "gaussians-2d", **options) -> SISSUnlearnEnv:
+    return SISSUnlearnEnv(task, observation="extended", **options)
+
+
+def observations(env: SISSUnlearnEnv, steps: int = 4, seed: int = 0) -> np.ndarray:
+    return np.stack([env.reset(seed=seed)[0], *(env.step(0.2 + 0.1 * (k % 5))[0] for k in range(steps))])
+
+
+@pytest.mark.parametrize(("task", "dim"), FEATURE_DIMS.items())
+def test_both_groups_are_zero_at_every_reset_and_move_with_the_weights(task, dim):
+    env = make(task)
+    assert env.observation_extra == NUM_BANDS + dim
+    for seed in range(2):
+        rows = observations(env, 2, seed)
+        assert rows.shape == (3, 6 + NUM_BANDS + dim)
+        assert not rows[0, 6:].any()
+        assert (rows[1:, 6:] != 0).all()
+        assert all(env.observation_space.contains(row) for row in rows)
+
+
+@pytest.mark.parametrize("task", FEATURE_DIMS)
+def test_both_checkers_pass(task):
+    env = gym.make("SISSUnlearn-v0", task=task, observation="extended", horizon=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sb3_check(RescaleAction(env, np.float32(-1), np.float32(1)))
+        warnings.filterwarnings("ignore", message=".*symmetric and normalized space")
+        gymnasium_check(env.unwrapped)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"features": "fresh"}, {"reward": "potential"}, {"forget_grad_rule": "loss", "grad_norms": "every:3"}],
+)
+def test_it_appends_and_changes_nothing_else(options):
+    env, paper = make(**options), SISSUnlearnEnv("gaussians-2d", **options)
+    assert paper.observation_extra == 0
+    extended, expected = observations(env), observations(paper)
+    np.testing.assert_array_equal(extended[:, : expected.shape[1]], expected)
+    assert (env.run.flat.vector == paper.run.flat.vector).all()
+    for name in ("generator", "measure_generator"):
+        assert (getattr(env.run, name).get_state() == getattr(paper.run, name).get_state()).all()
+
+
+def test_equal_seeds_and_copies_give_equal_observations():
+    env = make()
+    rows = observations(env, seed=3)
+    np.testing.assert_array_equal(rows, observations(make(), seed=3))
+    np.testing.assert_array_equal(rows, observations(env, seed=3))
+    np.testing.assert_array_equal(rows, observations(copy.deepcopy(env), seed=3))
+    assert (rows[1:, 6:] != observations(env, seed=4)[1:, 6:]).any()
+
+
+@pytest.mark.parametrize("backend", ["processes", "serial"])
+def test_a_vector_environment_is_single_ones_bit_for_bit(make_vec, backend):
+    options = {"horizon": 2, "observation": "extended"}
+    found = vector_rows(make_vec(backend=backend, **options), 5, 5)
+    for i in range(N):
+        for row, expected in zip(found, single_rows("gaussians-2d", 5, i, 5, **options), strict=True):
+            np.testing.assert_array_equal(row[i], expected)
+
+
+def test_stacked_environments_are_single_ones_up_to_rounding(make_vec):
+    options = {"horizon": 2, "observation": "extended"}
+    found = vector_rows(make_vec(backend="stacked", **options), 5, 5)
+    for i in range(N):
+        for row, expected in zip(found, single_rows("gaussians-2d", 5, i, 5, **options), strict=True):
+            np.testing.assert_allclose(row[i], expected, rtol=2e-3, atol=2e-3)
+
+
+def test_the_groups_are_what_they_say():
+    env = make()
+    env.reset(seed=0)
+    extended, run = env._extended, env.run
+    x_t, timesteps, noise, _ = extended._grid
+    bands = timesteps.reshape(NUM_BANDS, BAND_SAMPLES) * NUM_BANDS // len(run.alphas_cumprod)
+    assert bands.tolist() == [[band] * BAND_SAMPLES for band in range(NUM_BANDS)]
+    start = extended._sample_features(run)
+    obs = env.step(0.9)[0]
+    loss = (run.model(x_t, timesteps, None) - noise).square().mean(1).reshape(NUM_BANDS, -1).mean(1)
+    np.testing.assert_allclose(obs[6:11], np.log(loss.detach().numpy() / extended._losses), atol=1e-5)
+    change = extended._sample_features(run).mean(0) - start.mean(0)
+    np.testing.assert_allclose(obs[11:], change / start.std(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"optimizer": "sgd", "learning_rate": 1e30, "max_grad_norm": None}, {"learning_rate": 1e12}]
+)
+def test_divergence_and_weights_beyond_all_bounds_leave_it_finite(options):
+    env = make(horizon=10, **options)
+    env.reset(seed=0)
+    terminated = False
+    while not terminated:
+        obs, _, terminated, _, _ = env.step(0.5)
+        assert env.observation_space.contains(obs)
+        assert np.isfinite(obs).all()
+    assert not env.reset(seed=0)[0][6:].any()
+
+
+def test_nan_weights_count_as_the_upper_bound():
+    env = make()
+    env.run.flat.vector.data.fill_(float("nan"))
+    np.testing.assert_array_equal(env._extended.measure(env.run), FEATURE_CLIP)
+
+
+def register(name: str, **changes) -> str:
+    register_task(dataclasses.replace(get_task("gaussians-2d"), name=name, **changes))
+    return name
+
+
+@pytest.mark.parametrize("num_timesteps", [2, 4, 7])
+def test_no_band_is_empty_however_short_the_schedule(num_timesteps):
+    schedule = ScheduleConfig(num_train_timesteps=num_timesteps, beta_start=0.1, beta_end=0.5)
+    env = make(register(f"short-{num_timesteps}", schedule=schedule))
+    rows = observations(env)
+    assert np.isfinite(env._extended._losses).all()
+    assert not rows[0, 6:].any()
+    assert (rows[-1, 6:] != 0).all()
+
+
+def test_a_task_without_a_classifier_has_the_first_group_only():
+    env = make(register("unclassified", classify=None))
+    assert env.observation_extra == NUM_BANDS
+    np.testing.assert_array_equal(observations(env), observations(make())[:, : 6 + NUM_BANDS])
+
+
+@pytest.mark.parametrize("named", [(1,), ()])
+def test_samples_are_drawn_under_the_labels_of_the_forget_data(named, make_run):
+    task = dataclasses.replace(get_task("mnist-trousers"), probe_labels=named)
+    assert _forget_labels(task, make_run("mnist-trousers")).tolist() == [1] * NUM_SAMPLES
+    assert _forget_labels(get_task("gaussians-2d"), make_run()) is None
+
+
+def test_an_agent_of_the_papers_observation_is_refused_in_one_line(tmp_path):
+    PPO("MlpPolicy", gym.make("SISSUnlearn-v0", task="gaussians-2d"), device="cpu").save(tmp_path / "a.zip")
+    with pytest.raises(PolicyError, match=r"\(6,\) .* has \(13,\) .*observation='extended' add entries") as caught:
+        make_policy(str(tmp_path / "a.zip"), policy_context(make()))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_agent_of_the_extended_observation_is_used_with_it_and_refused_without(tmp_path):
+    PPO("MlpPolicy", make(), device="cpu").save(tmp_path / "a.zip")
+    env = make()
+    assert 0.1 <= make_policy(str(tmp_path / "a.zip"), policy_context(env)).act(*env.reset(seed=0)) <= 0.9
+    with pytest.raises(PolicyError, match=r"\(13,\) .* has \(6,\)"):
+        make_policy(str(tmp_path / "a.zip"), policy_context(SISSUnlearnEnv("gaussians-2d")))
+
+
+def test_another_value_is_named():
+    with pytest.raises(SettingsError, match="observation='full'"):
+        SISSUnlearnEnv("gaussians-2d", observation="full")

@@ -1,0 +1,173 @@
+"""What follows from results: scores, the best static λ, equal forgetting, warnings; made up, with known answers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from unlearn_gym.evaluation import tables
+from unlearn_gym.evaluation.catalogue import metrics_page
+from unlearn_gym.evaluation.cell import ORACLE, UNTOUCHED
+from unlearn_gym.evaluation.report import reward_lines, verdict, write_report
+from unlearn_gym.evaluation.results import Results, score
+from unlearn_gym.evaluation.signatures import warnings
+
+START, CAP, HORIZON = (0.1, 0.2), 0.5, 10
+SETTINGS = {
+    "potential_retain_coef": 10.0, "lambda_min": 0.1, "lambda_max": 0.9, "batch_size": 16, "horizon": HORIZON,
+    "optimizer": "adamw", "learning_rate": 1e-4, "dataset_factors": "siss", "forget_grad_rule": "relative_norm",
+    "forget_grad_norm": 0.5, "forget_scale": 1.0, "max_grad_norm": 1.0,
+}  # fmt: skip
+
+
+def cell(policy, seed=0, forget=0.3, retain=0.2, lambda_=0.5, episode_return=0.0, ess=8.0, diverged=False):
+    """A run whose probe goes in a straight line from the start to its end."""
+    updates = list(range(0, HORIZON + 1, 2))
+    steps = np.array(updates) / HORIZON
+    lambdas = list(np.broadcast_to(lambda_, HORIZON))
+    return {
+        "policy": policy, "seed": seed, "diverged": diverged, "key": f"{policy}{seed}",
+        "metrics": {} if diverged else {"forget_loss": forget, "retain_loss": retain}, "absent": {}, "profile": [],
+        "trace": {"lambda_": lambdas, "retain_ess": [ess] * HORIZON, "forget_ess": [ess] * HORIZON},
+        "probe": {
+            "updates": updates, "seconds": [0.1 * u for u in updates],
+            "forget_loss": list(START[0] + steps * (forget - START[0])),
+            "retain_loss": list(START[1] + steps * (retain - START[1])),
+        },
+        "episode_return": episode_return, "env_seconds": 1.0, "policy_seconds": 0.1, "evaluation_seconds": 2.0,
+    }  # fmt: skip
+
+
+def reference(policy, forget, retain):
+    losses = {"forget_loss": forget, "retain_loss": retain}
+    return {"policy": policy, "seed": 0, "metrics": losses, "diverged": False, "evaluation_seconds": 2.0, "key": policy}
+
+
+def results(*cells, oracle=True):
+    references = [reference(UNTOUCHED, *START), *([reference(ORACLE, CAP, 0.19)] if oracle else [])]
+    evaluation = {"num_forget_samples": 300, "num_quality_samples": 300}
+    return Results(
+        {
+            "comparison": {"task": "made-up", "evaluation": evaluation, "options": {}}, "settings": SETTINGS,
+            "cells": [*references, *cells], "command": "test", "versions": {"torch": "0"}, "calibration": {},
+            "probe_cap": CAP, "num_retain": 1, "num_forget": 1, "num_reference": 1, "feature_dim": 2,
+            "num_inference_steps": 20, "training": {"ppo": {"seconds": 60.0}},
+        }
+    )  # fmt: skip
+
+
+def seeds(policy, forgets, retains=None, **more):
+    retains = retains or [0.2] * len(forgets)
+    return [cell(policy, i, f, r, **more) for i, (f, r) in enumerate(zip(forgets, retains, strict=True))]
+
+
+def test_score_is_0_at_the_start_1_at_the_oracle_and_less_for_damage():
+    assert score(*START, START, CAP, 10.0) == 0.0
+    assert score(CAP, START[1], START, CAP, 10.0) == pytest.approx(1.0)
+    assert score(2 * CAP, START[1], START, CAP, 10.0) == pytest.approx(1.0)  # over-forgetting pays nothing
+    assert score(CAP, 1.05 * START[1], START, CAP, 10.0) == pytest.approx(0.5)
+    assert score(CAP, 0.9 * START[1], START, CAP, 10.0) == pytest.approx(1.0)  # nor does repair
+
+
+def test_the_best_static_by_hindsight_is_that_of_the_highest_mean_score():
+    table = results(*seeds("static:0.1", [0.3, 0.3]), *seeds("static:0.9", [0.35, 0.31]), *seeds("prior", [0.5, 0.5]))
+    assert table.best_static == "static:0.9"
+    assert table.scores("static:0.9", 10.0) == table.values("static:0.9", "score")
+
+
+def test_a_static_lambda_that_diverged_is_not_the_best():
+    table = results(*seeds("static:0.1", [0.2, 0.2]), cell("static:0.9", 0, 0.4), cell("static:0.9", 1, diverged=True))
+    assert table.best_static == "static:0.1"
+    assert table.values("static:0.9", "score").keys() == {0}
+
+
+def test_without_an_oracle_there_is_no_score_and_still_a_report(tmp_path):
+    table = results(*seeds("static:0.5", [0.3, 0.4]), *seeds("prior", [0.3, 0.4]), oracle=False)
+    assert table.values("prior", "score") == {}
+    assert table.best_static == "static:0.5"
+    assert tables.against_best_static(table) == ([], [])
+    assert "No retrained oracle." in write_report(table, tmp_path).read_text()
+
+
+def test_a_clear_difference_is_starred_and_noise_is_not():
+    rng = np.random.default_rng(0)
+    base = list(0.3 + 0.01 * rng.normal(size=10))
+    table = results(
+        *seeds("static:0.5", base), *seeds("prior", [x + 0.02 for x in base]),
+        *seeds("random", [x + 0.001 * n for x, n in zip(base, rng.normal(size=10), strict=True)]),
+    )  # fmt: skip
+    rows = {row[0]: row for row in tables.paired(table)[1]}
+    assert "*" in rows["prior"][2]
+    assert "*" not in rows["random"][2]
+    against = {row[0]: row for row in tables.against_best_static(table)[1]}
+    assert against["static:0.5"][3] == "best static"
+    assert float(against["prior"][5]) < 0.05 < float(against["random"][5])
+
+
+def test_equal_forgetting_compares_the_damage_where_both_have_come_to():
+    table = results(
+        *seeds("static:0.5", [0.4] * 3, [0.204] * 3), *seeds("prior", [0.4] * 3, [0.208] * 3),
+        *seeds("static:0.9", [0.12] * 3, [0.2] * 3),
+    )  # fmt: skip
+    level = table.levels[1]
+    assert level == pytest.approx((0.1 * 0.5) ** 0.5)
+    assert tables.best_static_at(table, level) == "static:0.5"  # static:0.9 never gets there
+    rises = [tables.retain_rises(table, p, level)[0] for p in ("static:0.5", "prior")]
+    assert rises[1] == pytest.approx(2 * rises[0])
+    assert tables.crossings(table, "prior", level)[0].updates == pytest.approx(HORIZON * (level - 0.1) / 0.3)
+    header, rows = tables.matched(table)
+    assert header[4:7] == [f"reach {level:.4f}", "retain rise", "− static:0.5"]
+    assert {row[0]: row[4] for row in rows} == {"static:0.5": "3/3", "prior": "3/3", "static:0.9": "0/3"}
+
+
+def test_the_exchange_rate_decides_between_forgetting_and_damage():
+    table = results(
+        *seeds("static:0.1", [0.2] * 6, [0.2] * 6), *seeds("static:0.9", [0.4] * 6, [0.22] * 6),
+        *seeds("prior", [0.41 + 0.001 * i for i in range(6)], [0.22] * 6),
+    )  # fmt: skip
+    best = {row[0]: row[1] for row in tables.exchange_rates(table)[1]}
+    assert best == {"1": "static:0.9", "3": "static:0.9", "10": "static:0.1", "30": "static:0.1"}
+    assert {row[0]: row[5] for row in tables.exchange_rates(table)[1]}["1"] == "prior"
+
+
+def test_efforts_tell_the_training_beside_the_run():
+    header, rows = tables.efforts(results(*seeds("ppo", [0.4]), *seeds("prior", [0.11])))
+    by_policy = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    assert by_policy["ppo"]["training s"] == "60"
+    assert by_policy["prior"]["training s"] == by_policy["prior"][header[1]] == "–"
+    assert by_policy["ppo"][header[1]].endswith("s (1)")
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        (cell("prior", diverged=True), "1 of 1 runs diverged"),
+        (cell("prior", lambda_=0.1), "stays at its lower bound 0.1 in the second half of 1 of 1 runs"),
+        (cell("prior", lambda_=0.899), "upper bound"),
+        (cell("prior", ess=1.5), "retain gradient of an update comes from 1.5 effective samples of 16"),
+        (cell("prior", retain=0.23), "rose to 1.15 times"),
+        (cell("prior", forget=0.6), "over-forgetting in 1 of 1 runs"),
+    ],
+)
+def test_each_signature_of_failure_is_a_warning(made, expected):
+    assert any(expected in line for line in warnings(results(made)))
+
+
+def test_a_sound_run_and_a_static_lambda_at_its_bound_are_no_failure():
+    assert warnings(results(cell("prior"), cell("static:0.1", lambda_=0.1))) == []
+
+
+def test_the_return_of_runs_in_order_of_their_score_correlates_with_it():
+    runs = [cell("prior", i, 0.2 + 0.02 * i, episode_return=float(i)) for i in range(8)]
+    assert "score: Spearman +1.00" in reward_lines(results(*runs))[0]
+    assert reward_lines(results(cell("prior"))) == ["Too few runs to say."]
+
+
+def test_policies_that_all_diverged_do_not_rank():
+    assert verdict(results(cell("prior", diverged=True))) == ["No policy finished all its runs."]
+
+
+def test_the_metrics_page_is_that_of_the_catalogue():
+    from pathlib import Path
+
+    assert (Path(__file__).parent.parent / "docs" / "metrics.md").read_text() == metrics_page()

@@ -1,0 +1,202 @@
+"""Experiments: named sets of comparisons, read from a YAML file, run piece by piece, and reported together."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from unlearn_gym.errors import ResultsError
+from unlearn_gym.evaluation.catalogue import BY_NAME
+from unlearn_gym.evaluation.cell import REFERENCES
+from unlearn_gym.evaluation.comparison import Comparison, run_comparison
+from unlearn_gym.evaluation.judge import EvaluationSettings
+from unlearn_gym.evaluation.report import hours, write_report
+from unlearn_gym.evaluation.results import Results, load_results, merge_results
+from unlearn_gym.evaluation.statistics import paired_difference
+from unlearn_gym.evaluation.store import CellStore
+from unlearn_gym.evaluation.tables import Table, adjusted_p_values, estimate_text, markdown_table
+from unlearn_gym.files import write_json
+from unlearn_gym.settings import describe_validation_error
+
+EXPERIMENTS = Path("configs/experiments")
+ACROSS = ("forget_rate", "forget_loss", "retain_loss", "score", "mean_lambda")
+Progress = Callable[[str], Callable[[dict[str, Any] | None, int, int], None]]
+
+
+class Arm(BaseModel):
+    """One comparison of an experiment: a task, its policies, and run settings other than the task's own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    task: str
+    policies: tuple[str, ...]
+    options: dict[str, Any] = {}
+    seeds: int | None = Field(None, ge=1, description="None: as many as the experiment has")
+
+
+class Quick(BaseModel):
+    """The small size of an experiment: everything it replaces, and which arms it keeps (default: all)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seeds: int = Field(2, ge=1)
+    num_samples: int = Field(250, ge=200)
+    options: dict[str, Any] = {"horizon": 12}
+    arms: tuple[str, ...] = ()
+
+
+class Experiment(BaseModel):
+    """A question, and the comparisons that are to answer it; or, with ``merge``, the experiments whose results do."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    question: str
+    seeds: int = Field(10, ge=1)
+    num_samples: int = Field(500, ge=200, description="of either kind, for each model")
+    arms: tuple[Arm, ...] = ()
+    merge: tuple[str, ...] = ()
+    quick: Quick = Quick()
+
+    @model_validator(mode="after")
+    def _arms_or_merge(self) -> Experiment:
+        if bool(self.arms) == bool(self.merge):
+            raise ValueError("give arms, or merge with names of experiments, and not both")
+        names = [arm.name for arm in self.arms]
+        unknown = [name for name in self.quick.arms if name not in names]
+        if len(set(names)) < len(names) or unknown:
+            raise ValueError(f"arms {names} must have different names, and quick.arms {unknown} must be among them")
+        return self
+
+    def comparisons(self, data_root: str | None, *, quick: bool) -> dict[str, Comparison]:
+        """The comparison of each arm, at the full or the quick size."""
+        size: Experiment | Quick = self.quick if quick else self
+        evaluation = EvaluationSettings(size.num_samples, size.num_samples)
+        more = self.quick.options if quick else {}
+        chosen = (self.quick.arms if quick else ()) or tuple(arm.name for arm in self.arms)
+        return {
+            a.name: Comparison(
+                a.task, a.policies, tuple(range((not quick and a.seeds) or size.seeds)), {**a.options, **more},
+                evaluation, data_root,
+            )
+            for a in self.arms
+            if a.name in chosen
+        }  # fmt: skip
+
+
+def load_experiment(name: str) -> Experiment:
+    """The experiment in the YAML file ``name``, or of that name in ``configs/experiments``; raises
+    :class:`ResultsError` in one line.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else EXPERIMENTS / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in EXPERIMENTS.glob("*.yaml"))
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known) or 'none'}"
+        raise ResultsError(f"no experiment {name!r}; {hint} (from {EXPERIMENTS}, or a path to a .yaml file)")
+    try:
+        return Experiment.model_validate(yaml.safe_load(path.read_text()))
+    except yaml.YAMLError as error:
+        raise ResultsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        raise ResultsError(f"{path}: {describe_validation_error(error)}") from None
+
+
+def run_experiment(
+    name: str, out: Path, *, quick: bool, jobs: int, data_root: str | None, command: str, progress: Progress
+) -> Path:
+    """Run what is not done yet, write each arm's results and report, and ``experiment.md`` over all of them.
+
+    Cells are kept beside ``out``, in ``cells``, where other experiments find them: no policy is run twice on one
+    setting and seed. Returns the path of ``experiment.md``.
+    """
+    experiment = load_experiment(name)
+    if experiment.merge:
+        arms = _merged_arms(experiment, out, command)
+    else:
+        comparisons = experiment.comparisons(data_root, quick=quick)
+        for comparison in comparisons.values():
+            comparison.validate()
+        arms = {}
+        for arm, comparison in comparisons.items():
+            known = load_results(out / arm).cells if (out / arm / "results.json").is_file() else []
+            store = CellStore(out.parent / "cells", known)
+            arms[arm] = run_comparison(
+                comparison, out / arm, store=store, jobs=jobs, command=command, progress=progress(arm)
+            )
+    for arm, results in arms.items():
+        write_report(results, out / arm)
+    path = out / "experiment.md"
+    path.write_text(experiment_page(Path(name).stem, experiment.question, arms))
+    return path
+
+
+def _merged_arms(experiment: Experiment, out: Path, command: str) -> dict[str, Results]:
+    """The results of all merged experiments beside ``out``, those of one task, settings and evaluation together."""
+    groups: dict[str, dict[str, Results]] = {}
+    for name in experiment.merge:
+        folders = sorted(path.parent for path in (out.parent / name).glob("*/results.json"))
+        if not folders:
+            raise ResultsError(f"no results of {name!r} in {out.parent}; run 'unlearn-gym experiment {name}' first")
+        for folder in folders:
+            results = load_results(folder)
+            groups.setdefault(_group(results), {})[f"{name}/{folder.name}"] = results
+    arms = {}
+    for group, parts in groups.items():
+        merged = merge_results(list(parts.values()), list(parts))
+        merged.raw["command"] = command
+        write_json(out / group / "results.json", merged.raw, indent=None)
+        arms[group] = merged
+    return arms
+
+
+def _group(results: Results) -> str:
+    """Where results belong: their task and the options that differ from its own."""
+    options = results.raw["comparison"]["options"]
+    parts = [results.task.replace(":", "-").replace(",", "-"), *(f"{k}-{v}" for k, v in sorted(options.items()))]
+    return "-".join(parts).replace("_", "-").lower()
+
+
+def experiment_page(name: str, question: str, arms: dict[str, Results]) -> str:
+    """The Markdown page over all arms of an experiment."""
+    first = next(iter(arms.values()))
+    versions = ", ".join(f"{k} {v}" for k, v in first.raw["versions"].items())
+    lines = [f"# Experiment {name}", question, markdown_table(*across(arms))]
+    lines.append(
+        "Means over seeds with 95 % intervals; the last two columns: the paired difference of the score to the arm's "
+        "best static λ by hindsight, and its p-value (Wilcoxon's signed-rank test, Holm-corrected within the arm)."
+    )
+    lines.append("\n".join(f"- [{arm}]({arm}/report.md): {_arm_line(results)}" for arm, results in arms.items()))
+    total = sum(hours(results) for results in arms.values())
+    lines.append(f"Made by `{first.raw['command']}` with {versions}; {total:.2f} core hours.")
+    return "\n\n".join(lines) + "\n"
+
+
+def _arm_line(results: Results) -> str:
+    options = ", ".join(f"{k} = {v}" for k, v in results.raw["comparison"]["options"].items())
+    return f"`{results.task}`, {options or 'its own settings'}, {len(results.seeds)} seeds"
+
+
+def across(arms: dict[str, Results]) -> Table:
+    """A row for every policy of every arm."""
+    metrics = [BY_NAME[name] for name in ACROSS]
+    rows = []
+    for arm, results in arms.items():
+        best = results.best_static
+        scored = best is not None and bool(results.values(best, "score"))
+        p_values = adjusted_p_values(results, best, "score") if best is not None and scored else {}
+        for policy in results.policies:
+            row = [arm, policy, *(estimate_text(results.estimate(policy, m.name), m.form) for m in metrics)]
+            if policy in REFERENCES or best is None or not scored or policy == best:
+                row += ["best static" if policy == best else "–", "–"]
+            else:
+                difference = paired_difference(results.values(policy, "score"), results.values(best, "score"))
+                p_value = p_values.get(policy)
+                row += [estimate_text(difference, BY_NAME["score"].form), "–" if p_value is None else f"{p_value:.3f}"]
+            rows.append(row)
+    return ["arm", "policy", *(m.title for m in metrics), "score − best static", "p (Holm)"], rows

@@ -1,0 +1,75 @@
+"""How much of the forget set a model still holds: rates, distances and a membership-inference attack."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from scipy.stats import binomtest, mannwhitneyu
+from torch import Tensor, nn
+
+from unlearn_gym.diffusion import q_sample, sample
+
+RECONSTRUCTION_SHARE = 0.3
+"""Images are noised to this share of T (t = 300 of 1,000): far enough to need the model, near enough to come back."""
+RECONSTRUCTION_STEPS = 10
+COPY_QUANTILE = 0.001
+"""The threshold of a copy: closer to the forget set than all but this share of real retain data."""
+
+
+def wilson_interval(hits: int, n: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a share of ``hits`` in ``n``; Wilson (1927)."""
+    interval = binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def membership_auc(member_losses: Tensor, other_losses: Tensor) -> float:
+    """Area under the curve of the attack that calls a sample a member when its loss is low; Yeom et al. (2018).
+
+    The chance that a member's loss ``(N,)`` is below that of data never seen ``(M,)``, ties half: in [0, 1]. 1: every
+    member stands out; 0.5: none does, as after perfect forgetting; below 0.5: members have suspiciously high losses.
+    """
+    statistic = mannwhitneyu(member_losses.numpy(), other_losses.numpy()).statistic
+    return 1.0 - float(statistic) / (len(member_losses) * len(other_losses))
+
+
+def unit_range(samples: Tensor) -> Tensor:
+    """Samples as vectors ``(N, D)``: images of [-1, 1] in [0, 1], points as they are."""
+    flat = samples.flatten(1)
+    return (flat.clamp(-1, 1) + 1) / 2 if samples.dim() == 4 else flat
+
+
+class Nearest(NamedTuple):
+    """Distance ``(N,)`` to the closest sample of another set, and its place there ``(N,)``."""
+
+    distance: Tensor
+    place: Tensor
+
+
+def nearest(samples: Tensor, others: Tensor) -> Nearest:
+    """The closest of ``others`` to each of ``samples``: Euclidean, pixels in [0, 1]."""
+    return Nearest(*torch.cdist(unit_range(samples), unit_range(others)).min(dim=1))
+
+
+def copy_threshold(retain: Tensor, forget: Tensor) -> float:
+    """Distance to the forget set that all but 0.1 % of real retain samples exceed: the threshold of a copy."""
+    return float(torch.quantile(nearest(retain, forget).distance, COPY_QUANTILE))
+
+
+def reconstruct(
+    model: nn.Module, x_start: Tensor, alphas_cumprod: Tensor, *, labels: Tensor | None, clip: float | None, seed: int
+) -> Tensor:
+    """Samples ``(N, *S)`` noised to 0.3 T and brought back by the model in ten steps."""
+    start = round(RECONSTRUCTION_SHARE * len(alphas_cumprod))
+    noise = torch.randn(x_start.shape, generator=torch.Generator().manual_seed(seed)).to(x_start.device)
+    timesteps = torch.full((len(x_start),), start, device=x_start.device)
+    x_t = q_sample(x_start, noise, timesteps, alphas_cumprod)
+    steps = RECONSTRUCTION_STEPS
+    return sample(model, x_t, alphas_cumprod, labels=labels, num_inference_steps=steps, clip=clip, start=start)
+
+
+def reconstruction_distance(x_start: Tensor, reconstructed: Tensor) -> float:
+    """Mean Euclidean distance of samples and their reconstructions, pixels in [0, 1]: small while the model
+    remembers, in [0, √D].
+    """
+    return float((unit_range(x_start) - unit_range(reconstructed)).norm(dim=1).mean())

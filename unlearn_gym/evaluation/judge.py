@@ -1,0 +1,159 @@
+"""Samples of a model, and what the task's classifier and the forget set say of them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unlearn_gym.diffusion import sample
+from unlearn_gym.errors import ResultsError
+from unlearn_gym.evaluation.forgetting import copy_threshold, nearest
+from unlearn_gym.evaluation.quality import KID_SUBSET_SIZE
+from unlearn_gym.tasks import Task, TaskData, to_model_range
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Size of an evaluation.
+
+    ``num_forget_samples`` are drawn under the forget data's labels, ``num_quality_samples`` under all others;
+    ``num_likelihood_samples`` of each set get a likelihood (0: none, it costs seconds a sample); Inception features
+    are measured where ``inception_weights`` names torch-fidelity's file.
+    """
+
+    num_forget_samples: int = 1000
+    num_quality_samples: int = 1000
+    num_inference_steps: int | None = None
+    batch_size: int = 125
+    seed: int = 7
+    num_likelihood_samples: int = 0
+    inception_weights: str | None = None
+
+    def validate(self) -> None:
+        """Raise :class:`ResultsError` for sizes from which a metric cannot be computed."""
+        if self.num_forget_samples < 1:
+            raise ResultsError(f"num_forget_samples={self.num_forget_samples} must be at least 1")
+        if self.num_quality_samples < KID_SUBSET_SIZE:
+            raise ResultsError(
+                f"num_quality_samples={self.num_quality_samples} is too few for KID; take at least {KID_SUBSET_SIZE}"
+            )
+        if self.num_likelihood_samples < 0:
+            raise ResultsError(f"num_likelihood_samples={self.num_likelihood_samples} must be at least 0")
+
+
+class Judged(NamedTuple):
+    """Samples ``(N, *S)``, their features ``(N, F)`` and logits ``(N, C)`` by the task's classifier, on the CPU."""
+
+    samples: Tensor
+    features: Tensor
+    logits: Tensor
+
+    @property
+    def classes(self) -> Tensor:
+        """The most likely classes ``(N,)``."""
+        return self.logits.argmax(1)
+
+
+_REFERENCES: dict[tuple[Any, str], Judged] = {}
+
+
+def judged_reference(task: Task, data: TaskData) -> Judged:
+    """The held-out retain data, judged once per process and content (by its SHA-256)."""
+    digest = hashlib.sha256(data.heldout.cpu().contiguous().numpy().tobytes()).hexdigest()
+    key = (task.classifier, digest)
+    if key not in _REFERENCES:
+        samples = to_model_range(data.heldout)
+        _REFERENCES[key] = Judged(samples, *task.classifier(samples))
+    return _REFERENCES[key]
+
+
+class Judge:
+    """Draws samples of a task's models and judges them, always on the same noise and labels."""
+
+    def __init__(self, task: Task, data: TaskData, settings: EvaluationSettings | None = None) -> None:
+        self.task, self.data, self.settings = task, data, settings or EvaluationSettings()
+        self.alphas_cumprod = task.schedule.alphas_cumprod()
+
+    @cached_property
+    def reference(self) -> Judged:
+        """The held-out retain data, judged."""
+        return judged_reference(self.task, self.data)
+
+    @cached_property
+    def forget(self) -> Tensor:
+        """The forget set without repetitions, in model range."""
+        return to_model_range(self.data.forget.unique(dim=0))
+
+    @cached_property
+    def copy_threshold(self) -> float:
+        """Distance to the forget set below which a sample counts as a copy."""
+        return copy_threshold(to_model_range(self._retain_like_forget()), self.forget)
+
+    @torch.inference_mode()
+    def draw(self, model: nn.Module, labels: Tensor | None, n: int, seed: int) -> Judged:
+        """``n`` samples from the noise of ``seed``, on the model's device; each batch is judged as it comes."""
+        device = next(model.parameters()).device
+        alphas_cumprod, s = self.alphas_cumprod.to(device), self.settings
+        noise = torch.randn((n, *self.data.retain.shape[1:]), generator=torch.Generator().manual_seed(seed))
+        parts = []
+        for start in range(0, n, s.batch_size):
+            part = slice(start, start + s.batch_size)
+            samples = sample(
+                model, noise[part].to(device), alphas_cumprod, clip=self.task.clip,
+                labels=None if labels is None else labels[part].to(device),
+                num_inference_steps=s.num_inference_steps or self.task.num_inference_steps,
+            )  # fmt: skip
+            parts.append([x.cpu() for x in (samples, *self.task.classifier(samples))])
+        return Judged(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def quality_labels(self) -> Tensor | None:
+        """Every retained label equally often, ``(num_quality_samples,)``; None for an unconditional model."""
+        if self.data.retain_labels is None:
+            return None
+        return _equally(self.data.retain_labels.unique(), self.settings.num_quality_samples)
+
+    def forget_labels(self) -> Tensor | None:
+        """The labels that the forget data was learned with, ``(num_forget_samples,)``; None if unconditional."""
+        labels = torch.tensor(self.task.probe_labels)
+        return _equally(labels, self.settings.num_forget_samples) if len(labels) else None
+
+    def are_forget_classes(self, classes: Tensor) -> Tensor:
+        """Which of ``classes (N,)`` are forget data, bool ``(N,)``."""
+        return torch.isin(classes, torch.tensor(self.task.forget_classes))
+
+    def _retain_like_forget(self) -> Tensor:
+        """Held-out retain data under the forget data's labels, where there is any; else all of it."""
+        heldout, labels = self.data.heldout, self.data.heldout_labels
+        if labels is None:
+            return heldout
+        alike = torch.isin(labels, torch.tensor(self.task.probe_labels, dtype=labels.dtype))
+        return heldout[alike] if alike.any() else heldout
+
+    def calibration(self) -> dict[str, float]:
+        """What the judges say of real data: shares called forget data, and copies, among held-out retain data (of
+        the forget data's labels, where there is any), the forget set and unseen data of its kind.
+        """
+        sets = {"retain": self._retain_like_forget(), "forget": self.data.forget}
+        if self.data.unseen is not None:
+            sets["unseen"] = self.data.unseen
+        figures: dict[str, float] = {"copy_threshold": self.copy_threshold}
+        for name, samples in sets.items():
+            x = to_model_range(samples)
+            called = self.are_forget_classes(self.task.classifier(x)[1].argmax(1))
+            copies = nearest(x, self.forget).distance < self.copy_threshold
+            figures |= {
+                f"{name}_called_forget": called.float().mean().item(),
+                f"{name}_called_copies": copies.float().mean().item(),
+                f"num_{name}": float(len(x)),
+            }
+        return figures
+
+
+def _equally(labels: Tensor, n: int) -> Tensor:
+    """``n`` labels, each of ``labels`` equally often."""
+    return labels.repeat(n // len(labels) + 1)[:n]

@@ -1,0 +1,111 @@
+"""Quality of a sample set against a retain-only reference set.
+
+All distances are on the features that they are given: those of a task's own classifier, unless a name says Inception.
+Their values compare models within this package and nothing outside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import torch
+from torch import Tensor
+
+from unlearn_gym.errors import ResultsError
+
+KID_SUBSETS = 50
+KID_SUBSET_SIZE = 200
+NEIGHBORHOOD = 3
+"""k of the balls of :func:`precision_recall`, as in Kynkäänniemi et al. (2019)."""
+SCORE_SPLITS = 10
+SSIM_SIZE = 11
+"""Width of SSIM's window: images must not be smaller."""
+
+
+def fid(features: Tensor, reference: Tensor) -> float:
+    """Fréchet distance of two feature sets ``(N, F)`` and ``(M, F)``; Heusel et al. (2017). 0 is best.
+
+    Raises :class:`ResultsError` when either has no more rows than columns: the covariance is singular
+    and the figure means nothing.
+    """
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    smallest = min(len(features), len(reference))
+    if smallest <= features.shape[1]:
+        raise ResultsError(
+            f"FID on {features.shape[1]} features needs more than {features.shape[1]} samples, not {smallest}"
+        )
+    statistics = (fid_features_to_statistics(x.double()) for x in (features, reference))
+    return float(fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"])
+
+
+def kid(features: Tensor, reference: Tensor, *, subset_size: int = KID_SUBSET_SIZE, seed: int = 0) -> float:
+    """Unbiased squared kernel distance of two feature sets, cubic kernel; Bińkowski et al. (2018).
+
+    Mean over 50 random subsets; 0 is best, slightly negative values occur. Raises :class:`ResultsError`
+    when a set is smaller than ``subset_size``.
+    """
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    smallest = min(len(features), len(reference))
+    if smallest < subset_size:
+        raise ResultsError(f"KID with subset_size={subset_size} needs at least that many samples, not {smallest}")
+    with contextlib.redirect_stdout(io.StringIO()):
+        result = kid_features_to_metric(
+            features.double(), reference.double(),
+            kid_subsets=KID_SUBSETS, kid_subset_size=subset_size, rng_seed=seed, verbose=False,
+        )  # fmt: skip
+    return float(result["kernel_inception_distance_mean"])
+
+
+def class_score(logits: Tensor) -> float:
+    """Exponential of E KL(p(y|x) ‖ p(y)) of logits ``(N, C)``, mean over ten splits: the Inception Score of Salimans
+    et al. (2016) with another classifier. From 1 (worst) to C. Raises :class:`ResultsError` for fewer than ten samples.
+    """
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    if len(logits) < SCORE_SPLITS:
+        raise ResultsError(f"the class score needs at least {SCORE_SPLITS} samples, not {len(logits)}")
+    return float(isc_features_to_metric(logits, splits=SCORE_SPLITS)["inception_score_mean"])
+
+
+def precision_recall(features: Tensor, reference: Tensor, *, seed: int = 0) -> tuple[float, float]:
+    """Shares of samples near the reference and of the reference near samples; Kynkäänniemi et al. (2019).
+
+    Both in [0, 1], 1 is best. Near is within the distance to a point's third neighbour of its own set. Both sets
+    are cut to the size of the smaller, as the figures depend on sizes; the choice comes from ``seed``. Raises
+    :class:`ResultsError` for fewer than 5 samples.
+    """
+    from torch_fidelity.metric_prc import calculate_precision_recall_full
+
+    n, generator = min(len(features), len(reference)), torch.Generator().manual_seed(seed)
+    if n < NEIGHBORHOOD + 2:
+        raise ResultsError(f"precision and recall need at least {NEIGHBORHOOD + 2} samples, not {n}")
+    sets = (x[torch.randperm(len(x), generator=generator)[:n]].double() for x in (features, reference))
+    precision, recall = calculate_precision_recall_full(*sets, NEIGHBORHOOD)
+    return float(precision), float(recall)
+
+
+def total_variation(shares: Tensor, other: Tensor) -> float:
+    """Half the sum of absolute differences of two distributions ``(C,)``: 0 for equal, 1 for disjoint ones."""
+    return 0.5 * float((shares - other).abs().sum())
+
+
+def class_shares(classes: Tensor, num_classes: int) -> Tensor:
+    """Share of each class 0..num_classes-1 in ``classes (N,)``."""
+    return torch.bincount(classes, minlength=num_classes).double() / len(classes)
+
+
+def ssim(images: Tensor, others: Tensor) -> Tensor:
+    """Structural similarity ``(N,)`` of images ``(N, C, H, W)`` in [-1, 1] with ``others``; Wang et al. (2004), by
+    torchmetrics. In [-1, 1], 1 for equal images. Raises :class:`ResultsError` when torchmetrics is not installed.
+    """
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+    except ImportError:
+        raise ResultsError("SSIM needs torchmetrics; install it with pip install 'unlearn_gym[metrics]'") from None
+    unit, other_unit = ((x.clamp(-1, 1) + 1) / 2 for x in (images, others))
+    similarity = structural_similarity_index_measure(unit, other_unit, data_range=1.0, reduction="none")
+    assert isinstance(similarity, Tensor)
+    return similarity

@@ -1,0 +1,47 @@
+"""Finished cells as files, found again by all that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from unlearn_gym.files import write_json
+
+Cell = dict[str, Any]
+
+
+class CellStore:
+    """Cells in ``folder``, each a file named after its policy, key and seed, written when the cell is done.
+
+    ``known`` are cells from elsewhere, such as those of a ``results.json``. Different settings have different keys,
+    so comparisons can share a folder and what one of them has measured the others need not.
+    """
+
+    def __init__(self, folder: Path, known: Iterable[Cell] = ()) -> None:
+        self.folder = folder
+        self._known = {(c["policy"], c["seed"], c["key"]): c for c in known if "key" in c}
+
+    def path(self, policy: str, seed: int, key: str) -> Path:
+        """Where the cell is or will be."""
+        slug = re.sub(r"[^A-Za-z0-9.]+", "-", policy).strip("-")
+        digest = hashlib.sha256(f"{policy} {key}".encode()).hexdigest()[:8]
+        return self.folder / f"{slug}-{digest}-seed{seed}.json"
+
+    def read(self, policy: str, seed: int, key: str) -> Cell | None:
+        """The cell, if it is there and whole."""
+        if (policy, seed, key) in self._known:
+            return self._known[policy, seed, key]
+        try:
+            cell: Cell = json.loads(self.path(policy, seed, key).read_text())
+        except (OSError, ValueError):
+            return None
+        return cell if cell.get("key") == key else None
+
+    def write(self, cell: Cell) -> None:
+        """Keep a finished cell."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.path(cell["policy"], cell["seed"], cell["key"]), cell, indent=None)
