@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import pytest
 import torch
 
@@ -10,8 +13,9 @@ from unlearn_gym.evaluation.cell import FINETUNE, ORACLE, UNTOUCHED, pack_sample
 from unlearn_gym.evaluation.comparison import Comparison, default_policies, run_comparison
 from unlearn_gym.evaluation.judge import EvaluationSettings
 from unlearn_gym.evaluation.report import verdict, write_report
-from unlearn_gym.evaluation.results import Results, load_results, merge_results
+from unlearn_gym.evaluation.results import CELL_FORMAT, Results, load_results, merge_results
 from unlearn_gym.evaluation.store import CellStore
+from unlearn_gym.tasks import get_task, load_data
 
 TIMES = ("env_seconds", "policy_seconds", "evaluation_seconds")
 
@@ -156,10 +160,42 @@ def test_bad_input_fails_before_anything_runs(changes, error, message, tmp_path)
 def test_missing_and_damaged_results_are_named(tmp_path):
     with pytest.raises(ResultsError, match=r"no results\.json"):
         load_results(tmp_path)
-    for text, message in (("{", "damaged"), ("{}", "lacks 'calibration'"), ("[]", "lacks 'calibration'")):
-        (tmp_path / "results.json").write_text(text)
+    whole = {k: {} for k in ("comparison", "settings", "calibration", "versions", "command")}
+    for raw, message in (
+        ("{", "damaged"), ("{}", "lacks 'calibration'"), ("[]", "lacks 'calibration'"),
+        (json.dumps({**whole, "cells": [], "format": 1}), "has format 1, this version"),
+        (json.dumps({**whole, "cells": [], "format": CELL_FORMAT}), "holds no runs"),
+    ):  # fmt: skip
+        (tmp_path / "results.json").write_text(raw)
         with pytest.raises(ResultsError, match=message):
             load_results(tmp_path)
+
+
+def test_a_cell_knows_its_data_and_the_optional_packages(monkeypatch):
+    key = small(("prior",)).cell_keys()["prior"]
+    data = load_data(get_task("gaussians-2d"))
+    with monkeypatch.context() as patch:
+        changed = dataclasses.replace(data, heldout=data.heldout + 1)
+        patch.setattr("unlearn_gym.evaluation.comparison.load_data", lambda *a: changed)
+        assert small(("prior",)).cell_keys()["prior"] != key
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        assert small(("prior",)).cell_keys()["prior"] != key
+    assert small(("prior",)).cell_keys()["prior"] == key
+
+
+def test_another_spelling_of_a_member_is_the_same_comparison():
+    one, other = (dataclasses.replace(small(), task=f"gaussians-2d:{name}") for name in ("0,4", "4,0"))
+    assert one == other
+    assert dataclasses.replace(small(), task="gaussians-2d:0").cell_keys() == small().cell_keys()
+
+
+def test_few_forget_samples_still_make_a_picture(tmp_path):
+    comparison = Comparison(
+        "mnist-tshirt", ("static:0.5",), (0,), {"horizon": 1}, EvaluationSettings(10, 200, num_inference_steps=2)
+    )
+    write_report(run_comparison(comparison, tmp_path), tmp_path)
+    assert (tmp_path / "samples.png").exists()
 
 
 def test_a_model_that_the_last_update_blew_up_counts_as_diverged_and_does_not_rank(tmp_path):
@@ -179,9 +215,7 @@ def test_another_first_seed_still_makes_a_report(finished, tmp_path):
 
 
 def test_a_task_of_ones_own_runs_in_other_processes(tmp_path):
-    import dataclasses
-
-    from unlearn_gym.tasks import get_task, register_task
+    from unlearn_gym.tasks import register_task
 
     register_task(dataclasses.replace(get_task("gaussians-2d"), name="my-gaussians"))
     comparison = dataclasses.replace(small(("static:0.3",), (0,)), task="my-gaussians")

@@ -9,6 +9,7 @@ import pytest
 from unlearn_gym.errors import ResultsError
 from unlearn_gym.evaluation.experiment import load_experiment, run_experiment
 from unlearn_gym.evaluation.results import load_results
+from unlearn_gym.tasks import get_task
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "configs" / "experiments").glob("*.yaml"))
@@ -64,13 +65,14 @@ def test_a_merging_experiment_brings_runs_of_equal_settings_together(folder):
     for name in ("one", "two"):
         run(name)
     page = run("both").read_text()
-    merged = load_results(Path("out/both/gaussians-2d-horizon-3"))
-    assert merged.policies == ["untouched", "oracle", "static:0.3", "prior", "random"]
+    rows = [line.split("|")[2].strip() for line in page.splitlines() if line.startswith("| gaussians-2d-horizon-3 |")]
+    assert rows == ["untouched", "oracle", "static:0.3", "prior", "random"]
     assert "gaussians-2d-horizon-4" in page
+    assert Path("out/both/gaussians-2d-horizon-3/returns.png").is_file()
 
 
 def test_merging_what_has_not_run_names_the_command(folder):
-    with pytest.raises(ResultsError, match="run 'unlearn-gym experiment one' first"):
+    with pytest.raises(ResultsError, match="run 'unlearn-gym experiment one --out out/one' first"):
         run("both")
 
 
@@ -81,6 +83,7 @@ def test_shipped_experiments_are_sound(path):
         for comparison in experiment.comparisons(None, quick=quick).values():
             assert comparison.seeds
             comparison.evaluation.validate()
+            assert get_task(comparison.task).oracle_path.is_file()
     assert set(experiment.merge) <= {p.stem for p in SHIPPED}
 
 
@@ -93,13 +96,28 @@ def test_shipped_experiments_are_sound(path):
         (ONE + "sedes: 3\n", "sedes=3"),
         (ONE.replace("seeds: 1\n", "seeds: 0\n"), "seeds=0"),
         ("question: [", "is not YAML"),
+        ("question: \udcff\n", "is not YAML"),
     ],
 )
 def test_a_bad_file_is_one_clear_line(folder, text, match):
-    (folder / "bad.yaml").write_text(text)
+    (folder / "bad.yaml").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ResultsError, match=match) as caught:
         load_experiment("bad.yaml")
     assert "\n" not in str(caught.value)
+
+
+def test_a_bad_policy_names_its_arm(folder):
+    (folder / "bad.yaml").write_text(ONE.replace("prior", "untouched"))
+    with pytest.raises(ResultsError, match=r"experiment 'bad.yaml', arm 'short': 'untouched' is in every comparison"):
+        run("bad.yaml")
+
+
+def test_a_damaged_result_is_made_again(folder):
+    run("one")
+    Path("out/one/short/results.json").write_text("{")
+    ran = []
+    run("one", ran=ran)
+    assert load_results(Path("out/one/short")).policies == ["untouched", "oracle", "static:0.3", "prior"]
 
 
 def test_an_unknown_name_gets_the_nearest(folder):

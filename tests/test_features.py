@@ -16,11 +16,12 @@ from stable_baselines3.common.env_checker import check_env as sb3_check
 
 from unlearn_gym.diffusion import ScheduleConfig
 from unlearn_gym.envs import SISSUnlearnEnv
-from unlearn_gym.envs.features import BAND_SAMPLES, FEATURE_CLIP, NUM_BANDS, NUM_SAMPLES, _forget_labels
+from unlearn_gym.envs.features import BAND_SAMPLES, FEATURE_CLIP, NUM_BANDS
 from unlearn_gym.errors import PolicyError, SettingsError
 from unlearn_gym.evaluation.episode import policy_context
 from unlearn_gym.policies import make_policy
-from unlearn_gym.tasks import get_task, register_task
+from unlearn_gym.tasks import get_task, load_data, register_task
+from unlearn_gym.tasks.probe import learned_labels
 
 from .test_vector import N, make_vec, single_rows, vector_rows
 
@@ -156,10 +157,12 @@ def test_a_task_without_a_classifier_has_the_first_group_only():
 
 
 @pytest.mark.parametrize("named", [(1,), ()])
-def test_samples_are_drawn_under_the_labels_of_the_forget_data(named, make_run):
+def test_samples_are_drawn_under_the_labels_of_the_forget_data(named):
     task = dataclasses.replace(get_task("mnist-trousers"), probe_labels=named)
-    assert _forget_labels(task, make_run("mnist-trousers")).tolist() == [1] * NUM_SAMPLES
-    assert _forget_labels(get_task("gaussians-2d"), make_run()) is None
+    assert learned_labels(task, load_data(task), 16).tolist() == [1] * 16
+    assert learned_labels(get_task("gaussians-2d"), load_data(get_task("gaussians-2d")), 16) is None
+    both = get_task("mnist-digits:3,7")
+    assert learned_labels(both, load_data(both), 5).tolist() == [3, 7, 3, 7, 3]
 
 
 def test_an_agent_of_the_papers_observation_is_refused_in_one_line(tmp_path):

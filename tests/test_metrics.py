@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from unlearn_gym.errors import ResultsError, TaskError
-from unlearn_gym.evaluation.catalogue import BY_NAME, METRICS
+from unlearn_gym.evaluation.catalogue import BY_NAME, MEASURED, METRICS
 from unlearn_gym.evaluation.forgetting import (
     copy_threshold,
     membership_auc,
@@ -115,7 +115,8 @@ def test_copies_are_found_and_retain_data_is_not_called_copies():
     close = nearest(forget + 0.01, forget)
     assert (close.distance < threshold).all()
     assert torch.equal(close.place, torch.arange(100))
-    assert (nearest(retain, forget).distance < threshold).float().mean() <= 0.0015
+    others = to_model_range(data.heldout[2000:8000])  # not those that the threshold comes from
+    assert (nearest(others, forget).distance < threshold).float().mean() <= 0.004
 
 
 def test_nearest_measures_pixels_in_the_unit_range():
@@ -142,6 +143,45 @@ def test_a_metric_that_fails_is_absent_with_its_reason_and_stops_no_other():
     figures.add("b", 1.0)
     figures.add("c", float("nan"))
     assert (figures.values, figures.absent) == ({"b": 1.0}, {"a": "too few", "c": "not finite"})
+
+
+class Broken(torch.nn.Module):
+    """A network whose losses are finite, and whose samples are not: it fails at the first timestep of the way back."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x_t, timesteps, labels=None):
+        out = self.model(x_t, timesteps, labels)
+        return torch.where((timesteps == 199)[:, None], torch.nan, out)
+
+
+def test_samples_that_are_not_finite_are_no_forgetting():
+    task = get_task("gaussians-2d")
+    result = Evaluator(task, load_data(task), EvaluationSettings(200, 200)).evaluate(Broken(task.pretrained_model()))
+    assert "forget_loss" in result.metrics
+    assert not result.finite
+    assert result.absent["forget_rate"] == result.absent["feature_kid"] == "the samples are not finite"
+
+
+def test_every_metric_has_a_value_or_a_reason():
+    for name in ("gaussians-2d", "gaussians-2d:2,5"):
+        task = get_task(name)
+        for chosen in (task, dataclasses.replace(task, classify=None)):
+            result = Evaluator(chosen, load_data(chosen), EvaluationSettings(200, 200)).evaluate(
+                task.pretrained_model()
+            )
+            assert set(result.metrics) | set(result.absent) == set(MEASURED)
+            assert not set(result.metrics) & set(result.absent)
+
+
+def test_few_heldout_samples_leave_metrics_out_and_stop_nothing():
+    task = get_task("gaussians-2d")
+    data = dataclasses.replace(load_data(task), heldout=load_data(task).heldout[:4])
+    result = Evaluator(task, data, EvaluationSettings(200, 200)).evaluate(task.pretrained_model())
+    assert "precision and recall need at least 5 samples" in result.absent["precision"]
+    assert "forget_rate" in result.metrics
 
 
 def test_missing_torchmetrics_leaves_ssim_out_with_the_remedy(monkeypatch):
@@ -261,7 +301,7 @@ def test_the_catalogue_explains_every_metric_that_an_evaluation_gives():
     task = get_task("mnist-trousers")
     settings = EvaluationSettings(8, 200, num_inference_steps=2, num_likelihood_samples=1)
     result = Evaluator(task, load_data(task), settings).evaluate(task.pretrained_model())
-    names = set(result.metrics) | set(result.absent)
-    assert names <= set(BY_NAME)
-    assert set(BY_NAME) - names <= {"score", "mean_lambda", "episode_return", "optimum_error"}
+    assert set(result.metrics) | set(result.absent) == set(MEASURED)
+    assert result.absent["optimum_error"] == "not for this kind of task"
+    assert set(BY_NAME) - set(MEASURED) == {"score", "mean_lambda", "episode_return"}
     assert all(m.meaning and m.range and m.cost and m.source for m in METRICS)

@@ -225,6 +225,26 @@ def test_members_of_a_family_forget_what_their_name_says_and_share_the_pretraine
     assert set(classify_points(modes.forget)[1].argmax(1).tolist()) - {8} == {2, 5}
 
 
+def test_members_part_the_same_points_so_that_each_forgets_what_the_model_has_learned():
+    def pool(data, *names):
+        return sorted(tuple(x) for name in names for x in getattr(data, name).tolist())
+
+    default = load_data(get_task("gaussians-2d"))
+    for name in ("gaussians-2d:0,4", "gaussians-2d:2,5"):
+        data = load_data(get_task(name))
+        assert pool(data, "retain", "forget") == pool(default, "retain", "forget")
+        assert not set(pool(data, "heldout", "unseen")) & set(pool(data, "retain", "forget"))
+
+
+def test_tasks_stay_equal_through_a_pickle():
+    import pickle
+
+    for name in ("gaussians-2d", "gaussians-2d:2,5", "mnist-digits", "mnist-digits:1,3", "mnist-trousers"):
+        task = get_task(name)
+        assert pickle.loads(pickle.dumps(task)) == task
+        register_task(pickle.loads(pickle.dumps(task)))
+
+
 def test_a_member_without_an_oracle_runs_and_says_what_is_missing():
     task = get_task("gaussians-2d:2,5")
     assert task.constants.retain_loss == TASK.constants.retain_loss

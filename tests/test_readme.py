@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -36,9 +37,42 @@ def test_the_results_table_is_that_of_the_committed_results():
     from unlearn_gym.evaluation.results import load_results
     from unlearn_gym.evaluation.tables import markdown_table, summary
 
-    results = load_results(ROOT / "docs" / "comparison")
+    results = load_results(ROOT / "docs" / "experiments" / "estimators" / "mnist-trousers")
     assert markdown_table(*summary(results)) in README
     assert results.raw["command"] in README
+
+
+def test_every_table_row_of_the_findings_is_of_a_committed_page():
+    pages = "\n".join(path.read_text() for path in (ROOT / "docs" / "experiments").rglob("*.md"))
+    rows = [line for line in (ROOT / "docs" / "findings.md").read_text().splitlines() if line.startswith("|")]
+    assert rows
+    assert [row for row in rows if row not in pages] == []
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda p: str(p.relative_to(ROOT / "docs")))
+def test_every_file_that_a_page_links_exists(page):
+    links = re.findall(r"\]\(((?!http)[^)#]+)\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "docs" / "experiments").glob("*/*/results.json")), ids=lambda p: p.parts[-3]
+)
+def test_committed_results_are_those_of_this_code(path):
+    """The cells' keys are what this version of package, data and settings gives, so the command resumes from them."""
+    from unlearn_gym.evaluation.comparison import Comparison
+    from unlearn_gym.evaluation.judge import EvaluationSettings
+    from unlearn_gym.evaluation.results import load_results
+
+    results = load_results(path.parent)
+    if results.raw["versions"]["torch"] != version("torch"):
+        pytest.skip("made with another torch, whose floats may differ")
+    raw = results.raw["comparison"]
+    evaluation = EvaluationSettings(**raw["evaluation"])
+    comparison = Comparison(raw["task"], tuple(raw["policies"]), tuple(raw["seeds"]), raw["options"], evaluation)
+    keys = comparison.cell_keys()
+    assert len(results.cells) == len(comparison.cells())
+    assert [c["policy"] for c in results.cells if c["key"] != keys[c["policy"]]] == []
 
 
 def test_the_performance_table_is_that_of_the_committed_benchmark():

@@ -9,7 +9,7 @@ from unlearn_gym.evaluation import tables
 from unlearn_gym.evaluation.catalogue import metrics_page
 from unlearn_gym.evaluation.cell import ORACLE, UNTOUCHED
 from unlearn_gym.evaluation.report import reward_lines, verdict, write_report
-from unlearn_gym.evaluation.results import Results, score
+from unlearn_gym.evaluation.results import CELL_FORMAT, Results, merge_results, score
 from unlearn_gym.evaluation.signatures import warnings
 
 START, CAP, HORIZON = (0.1, 0.2), 0.5, 10
@@ -44,11 +44,13 @@ def reference(policy, forget, retain):
 
 
 def results(*cells, oracle=True):
+    """Their results, with the references."""
     references = [reference(UNTOUCHED, *START), *([reference(ORACLE, CAP, 0.19)] if oracle else [])]
     evaluation = {"num_forget_samples": 300, "num_quality_samples": 300}
     return Results(
         {
-            "comparison": {"task": "made-up", "evaluation": evaluation, "options": {}}, "settings": SETTINGS,
+            "comparison": {"task": "made-up", "evaluation": evaluation, "options": {}, "policies": [], "seeds": []},
+            "format": CELL_FORMAT, "settings": SETTINGS,
             "cells": [*references, *cells], "command": "test", "versions": {"torch": "0"}, "calibration": {},
             "probe_cap": CAP, "num_retain": 1, "num_forget": 1, "num_reference": 1, "feature_dim": 2,
             "num_inference_steps": 20, "training": {"ppo": {"seconds": 60.0}},
@@ -133,7 +135,7 @@ def test_the_exchange_rate_decides_between_forgetting_and_damage():
 def test_efforts_tell_the_training_beside_the_run():
     header, rows = tables.efforts(results(*seeds("ppo", [0.4]), *seeds("prior", [0.11])))
     by_policy = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
-    assert by_policy["ppo"]["training s"] == "60"
+    assert by_policy["ppo"]["training s"] == "60.0"
     assert by_policy["prior"]["training s"] == by_policy["prior"][header[1]] == "–"
     assert by_policy["ppo"][header[1]].endswith("s (1)")
 
@@ -161,6 +163,37 @@ def test_the_return_of_runs_in_order_of_their_score_correlates_with_it():
     runs = [cell("prior", i, 0.2 + 0.02 * i, episode_return=float(i)) for i in range(8)]
     assert "score: Spearman +1.00" in reward_lines(results(*runs))[0]
     assert reward_lines(results(cell("prior"))) == ["Too few runs to say."]
+
+
+def test_a_diverged_run_is_in_no_figure():
+    table = results(cell("prior", 0, diverged=True, episode_return=-1e20), cell("prior", 1, episode_return=1.0))
+    assert table.values("prior", "episode_return") == {1: 1.0}
+    assert table.values("prior", "mean_lambda").keys() == {1}
+
+
+def test_policies_of_different_seeds_are_not_compared_by_their_means_without_a_word():
+    a = results(*seeds("static:0.5", [0.3, 0.3]))
+    b = results(cell("prior", 5, 0.4), cell("prior", 6, 0.4))
+    assert any("ran on different seeds" in line for line in verdict(merge_results([a, b], ["a", "b"])))
+    assert not any("ran on different seeds" in line for line in verdict(a))
+
+
+def test_a_merge_keeps_what_each_part_knows():
+    a, b = results(cell("prior", 0)), results(cell("ppo", 0))
+    for part, policy in ((a, "prior"), (b, "ppo")):
+        part.raw["comparison"] |= {"policies": [policy], "seeds": [0]}
+        part.raw["training"] = {policy: {"seconds": 1.0}}
+    merged = merge_results([a, b], ["a", "b"]).raw
+    assert merged["training"].keys() == set(merged["comparison"]["policies"]) == {"prior", "ppo"}
+
+
+def test_a_metric_that_only_some_runs_have_is_named(tmp_path):
+    some = cell("prior", 1)
+    some["absent"] = {"copy_rate": "because"}
+    have = cell("prior", 0)
+    have["metrics"]["copy_rate"] = 0.1
+    text = write_report(results(have, some), tmp_path).read_text()
+    assert "copy_rate is absent in 1 of 4 runs (because)." in text
 
 
 def test_policies_that_all_diverged_do_not_rank():

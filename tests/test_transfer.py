@@ -9,7 +9,7 @@ import torch
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.errors import PolicyError
 from unlearn_gym.evaluation.episode import policy_context, run_episode
-from unlearn_gym.policies import PolicyContext, Transition, make_policy, policy_source, transfer
+from unlearn_gym.policies import PolicyContext, Transition, make_policy, policy_sources, transfer
 from unlearn_gym.policies.variational import GRADIENT_ESTIMATORS, InferenceNetwork
 from unlearn_gym.policies.variational_spec import VariationalSpec, parse_variational
 from unlearn_gym.tasks import get_task
@@ -148,8 +148,9 @@ def test_extended_features_transfer_where_their_number_is_the_same():
 
 
 def test_what_a_transferred_policy_comes_from_is_its_tasks_weights():
-    assert policy_source(FROM, "mnist-trousers") == get_task("gaussians-2d").pretrained_path
-    assert policy_source("variational:pathwise:features=losses", "mnist-trousers") is None
+    task = get_task("gaussians-2d")
+    assert policy_sources(FROM, "mnist-trousers") == [task.pretrained_path, task.assets / "constants.json"]
+    assert policy_sources("variational:pathwise:features=losses", "mnist-trousers") == []
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import Tensor
 from unlearn_gym.diffusion import grid_timesteps, q_sample, sample
 from unlearn_gym.run import UnlearningRun
 from unlearn_gym.tasks import Task, to_model_range
+from unlearn_gym.tasks.probe import learned_labels
 
 FEATURE_CLIP = 5.0
 NUM_BANDS, BAND_SAMPLES = 5, 8
@@ -37,7 +38,8 @@ class ExtendedFeatures:
         self._grid = _forget_grid(run, generator)
         noise = torch.randn((NUM_SAMPLES, *run.data.retain.shape[1:]), generator=generator)
         self._noise = noise.to(run.alphas_cumprod.device)
-        self._labels = _forget_labels(task, run)
+        labels = learned_labels(task, run.data, NUM_SAMPLES)
+        self._labels = None if labels is None else labels.to(self._noise.device)
         self._losses = self._band_losses(run).cpu().numpy()
         start = self._sample_features(run).double()
         self._mean = start.mean(0).cpu().numpy()
@@ -88,12 +90,3 @@ def _forget_grid(run: UnlearningRun, generator: torch.Generator) -> tuple[Tensor
     timesteps = torch.tensor(grid_timesteps(len(run.alphas_cumprod), count), device=x.device)
     labels = None if data.forget_labels is None else data.forget_labels[index]
     return q_sample(x, noise, timesteps, run.alphas_cumprod), timesteps, noise, labels
-
-
-def _forget_labels(task: Task, run: UnlearningRun) -> Tensor | None:
-    """The labels under which the forget data was learned, in turn ``(NUM_SAMPLES,)``."""
-    learned = run.data.forget_labels
-    if learned is None:
-        return None
-    labels = torch.tensor(task.probe_labels, device=learned.device) if task.probe_labels else learned.unique()
-    return labels.repeat(NUM_SAMPLES)[:NUM_SAMPLES]

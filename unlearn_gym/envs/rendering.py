@@ -16,6 +16,7 @@ from unlearn_gym.diffusion import sample
 from unlearn_gym.run import UnlearningRun
 from unlearn_gym.step import StepTerms
 from unlearn_gym.tasks import Task
+from unlearn_gym.tasks.probe import equally, learned_labels
 
 RETAIN_COLOR, FORGET_COLOR, LAMBDA_COLOR = "#1f6f8b", "#c8553d", "#3d3d3d"
 GRID = (4, 6)
@@ -33,11 +34,10 @@ def fixed_samples(task: Task, run: UnlearningRun) -> Tensor:
     noise = torch.randn((count, *shape), generator=torch.Generator().manual_seed(0)).to(device)
     labels = None
     if run.data.retain_labels is not None:
-        others = run.data.retain_labels.unique()
-        labels = others.repeat(count // len(others) + 1)[:count]
-        if task.probe_labels:
-            probe = torch.tensor(task.probe_labels)
-            labels[: count // 2] = probe.repeat(count)[: count // 2]
+        labels = equally(run.data.retain_labels.unique(), count)
+        learned = learned_labels(task, run.data, count // 2)
+        if learned is not None:
+            labels[: count // 2] = learned
     return sample(
         run.model, noise, run.alphas_cumprod, labels=labels, num_inference_steps=RENDER_STEPS, clip=task.clip
     ).cpu()

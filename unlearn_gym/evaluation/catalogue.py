@@ -55,8 +55,8 @@ METRICS = (
     ),
     Metric(
         "score", "score", places(3), "higher", "≤ 1", "none", "design.md, section 3 (potential Φ)",
-        "share of the way from the untouched model's forget loss to the oracle's, less ten times the relative rise of "
-        "the retain loss: 0 for the untouched model",
+        "share of the way from the untouched model's forget loss to the oracle's, less w times the "
+        "relative rise of the retain loss (w: `potential_retain_coef`, 10): 0 for the untouched model",
     ),
     Metric(
         "feature_kid", "KID (features)", places(2), "lower", "about ≥ 0", FROM_QUALITY, "Bińkowski et al. (2018)",
@@ -99,7 +99,8 @@ METRICS = (
     ),
     Metric(
         "copy_rate", "copies", share, "lower", "0 to 1", FROM_SAMPLES, "–",
-        "share of samples of the forget labels closer to the forget set than all but 0.1 % of real retain data",
+        "share of samples of the forget labels closer to the forget set than all but 0.1 % of real retain data: of its "
+        "kind, if not of its very images; the report says how much unseen data of that kind is",
     ),
     Metric(
         "copy_distance", "copy distance", places(2), "higher", "0 to √D", FROM_SAMPLES, "–",
@@ -141,7 +142,8 @@ METRICS = (
     ),
     Metric(
         "nll_ode_forget", "NLL (ODE), forget", places(3), "oracle", "bits/dim", "100 a sample, with backward passes",
-        "Song et al. (2021), eq. 39", "negative log-likelihood of the forget set by the probability-flow ODE",
+        "Song et al. (2021), eq. 39",
+        "negative log-likelihood of the forget set by the probability-flow ODE, from one drawn x_1 (likelihood.py)",
     ),
     Metric(
         "nll_ode_retain", "NLL (ODE), retain", places(3), "lower", "bits/dim", "100 a sample, with backward passes",
@@ -164,11 +166,14 @@ METRICS = (
     ),
     Metric(
         "episode_return", "return", places(2), "higher", "any", "none", "arXiv 2512.01054, section 5.3",
-        "sum of the run's rewards: the literal reward pays for what it says, not for forgetting",
+        "sum of the run's rewards; of the paper's literal ones unless `reward` says otherwise",
     ),
 )  # fmt: skip
 
 BY_NAME = {metric.name: metric for metric in METRICS}
+OF_RUNS = ("score", "mean_lambda", "episode_return")
+MEASURED = tuple(name for name in BY_NAME if name not in OF_RUNS)
+"""Metrics of a model; the others are of a run."""
 MAIN = (
     "forget_rate", "forget_loss", "retain_loss", "score", "feature_kid", "feature_fid", "class_accuracy", "mean_lambda",
     "episode_return",

@@ -13,14 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unlearn_gym.envs import SISSUnlearnEnv
+from unlearn_gym.errors import WeightsError
 from unlearn_gym.evaluation.episode import policy_context, run_episode
 from unlearn_gym.evaluation.judge import EvaluationSettings
 from unlearn_gym.evaluation.metrics import Evaluation, Evaluator
+from unlearn_gym.models.weights import load_weights
 from unlearn_gym.policies import make_policy
-from unlearn_gym.tasks import get_task, load_data, to_model_range
+from unlearn_gym.tasks import Task, get_task, load_data, to_model_range
 
 UNTOUCHED, ORACLE, FINETUNE = "untouched", "oracle", "finetune"
 REFERENCES = (UNTOUCHED, ORACLE)
@@ -30,7 +32,8 @@ FINETUNE_OPTIONS = {
 }  # fmt: skip
 """λ = 0 and no forget gradient: plain training on retain data, the naive baseline."""
 
-FORGET_PICTURES, QUALITY_PICTURES = 300, 40
+IMAGES_KEPT, POINTS_KEPT = (100, 40), 300
+"""Samples of the forget labels and of those to retain that a cell keeps for the report's pictures."""
 PROBES = 20
 """Points along a run at which its forget and retain loss are measured."""
 
@@ -48,6 +51,17 @@ def evaluator(task: str, data_root: str | None, settings: EvaluationSettings) ->
     return Evaluator(chosen, load_data(chosen, data_root), settings)
 
 
+def final_model(task: Task, name: str) -> nn.Module:
+    """``untouched``, ``oracle``, or the network with the weights of a ``.safetensors`` file."""
+    if name in REFERENCES:
+        return task.pretrained_model() if name == UNTOUCHED else task.oracle_model()
+    if not name.endswith(".safetensors"):
+        raise WeightsError(f"weights {name!r} must be {UNTOUCHED!r}, {ORACLE!r} or a .safetensors file")
+    model = task.pretrained_model()
+    load_weights(model, Path(name))
+    return model
+
+
 def run_cell(
     task: str,
     policy: str,
@@ -60,21 +74,21 @@ def run_cell(
 ) -> dict[str, Any]:
     """Trace, probes, return, times and metrics as JSON knows them; a run that diverged has no metrics.
 
-    A model whose losses are not finite after the last update counts as diverged too.
+    A model whose losses or samples are not finite after the last update counts as diverged too.
     """
     cell: dict[str, Any] = {"policy": policy, "seed": seed}
     if policy in REFERENCES:
-        chosen = get_task(task)
-        model = chosen.pretrained_model() if policy == UNTOUCHED else chosen.oracle_model()
+        model = final_model(get_task(task), policy)
     else:
         env = make_cell_env(task, policy, options, data_root)
         name, every = ("static:0" if policy == FINETUNE else policy), max(1, env.settings.horizon // PROBES)
-        cell |= asdict(run_episode(env, make_policy(name, policy_context(env)), seed, probe_every=every))
+        chooser = make_policy(name, policy_context(env))
+        cell |= asdict(run_episode(env, chooser, seed, probe_every=every))
+        cell["training_seconds"] = float(getattr(chooser, "training_seconds", 0.0))
         model = env.run.model
     started = time.perf_counter()
     result = evaluator(task, data_root, evaluation).evaluate(model)
-    finite = all(name in result.metrics for name in ("forget_loss", "retain_loss"))
-    cell["diverged"] = cell.get("diverged", False) or not finite
+    cell["diverged"] = cell.get("diverged", False) or not result.finite
     cell |= {"metrics": {}, "absent": {}, "profile": []}
     if not cell["diverged"]:
         cell |= {"metrics": result.metrics, "absent": result.absent, "profile": result.profile}
@@ -91,10 +105,11 @@ def _pictures(result: Evaluation) -> dict[str, Any]:
         return {}
     if not (torch.isfinite(forget).all() and torch.isfinite(quality).all()):
         return {}
+    num_forget, num_quality = IMAGES_KEPT if forget.dim() == 4 else (POINTS_KEPT, POINTS_KEPT)
     return {
-        "forget": pack_samples(forget[:FORGET_PICTURES]),
-        "quality": pack_samples(quality[:QUALITY_PICTURES]),
-        "forget_hits": is_forget[:FORGET_PICTURES].nonzero().flatten().tolist(),
+        "forget": pack_samples(forget[:num_forget]),
+        "quality": pack_samples(quality[:num_quality]),
+        "forget_hits": is_forget[:num_forget].nonzero().flatten().tolist(),
     }
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -29,13 +30,13 @@ from unlearn_gym.evaluation.cell import (
 )
 from unlearn_gym.evaluation.episode import policy_context
 from unlearn_gym.evaluation.judge import EvaluationSettings
-from unlearn_gym.evaluation.results import CellName, Results, load_results
+from unlearn_gym.evaluation.results import CELL_FORMAT, Results, load_results
 from unlearn_gym.evaluation.store import CellStore
 from unlearn_gym.files import sha256, write_json
 from unlearn_gym.models.classifier import CLASSIFIER_WEIGHTS
-from unlearn_gym.policies import make_policy, policy_source
+from unlearn_gym.policies import make_policy, policy_sources
 from unlearn_gym.settings import RunSettings
-from unlearn_gym.tasks import Task, get_task, load_data, register_task, task_names
+from unlearn_gym.tasks import Task, get_task, load_data, register_task, resolve_data_root, task_names
 
 DEFAULT_POLICIES = (
     FINETUNE, "static:0.1", "static:0.5", "static:0.9", "prior", "random", "cosine",
@@ -43,19 +44,17 @@ DEFAULT_POLICIES = (
     "ppo", "ppo-potential",
 )  # fmt: skip
 
-KEY_FILES = ("*.safetensors", "*.npz", "constants.json")
-"""What a task's cells depend on, of the files beside its weights."""
-
-CELL_FORMAT = 2
-"""To be raised when a cell holds more than before or a default changes, so that older ones are run again."""
+KEY_FILES = ("*.safetensors", "constants.json")
+"""What a task's cells depend on, of the files beside its weights; the data counts by its content."""
+EXTRAS = ("torchdiffeq", "torchmetrics")
+"""Optional packages without which metrics are absent."""
 
 CellProgress = Callable[[dict[str, Any] | None, int, int], None]
 
 
 def default_policies(task: str) -> tuple[str, ...]:
     """``DEFAULT_POLICIES`` less the agents that do not ship for ``task``."""
-    sources = {policy: policy_source(policy, task) for policy in DEFAULT_POLICIES}
-    return tuple(policy for policy, source in sources.items() if source is None or source.is_file())
+    return tuple(p for p in DEFAULT_POLICIES if all(path.is_file() for path in policy_sources(p, task)))
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,13 @@ class Comparison:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     data_root: str | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "task", get_task(self.task).name)
+        root = resolve_data_root(self.data_root)
+        object.__setattr__(self, "data_root", None if root is None else str(root.resolve()))
+
     def validate(self) -> None:
-        """Raise what any cell would raise, before anything runs."""
+        """Raise what is wrong with the comparison itself; :meth:`try_policies` is about the policies."""
         for name, values in (("policies", self.policies), ("seeds", self.seeds)):
             if not values:
                 raise ResultsError(f"{name} is empty; name at least one")
@@ -84,7 +88,11 @@ class Comparison:
         for policy in self.policies:
             if policy in REFERENCES:
                 raise PolicyError(f"{policy!r} is in every comparison already; leave it out of the policies")
-            if policy != FINETUNE:
+
+    def try_policies(self, policies: Iterable[str]) -> None:
+        """Raise what the cells of ``policies`` would raise, before any of them runs."""
+        for policy in policies:
+            if policy not in (*REFERENCES, FINETUNE):
                 self._try_policy(policy)
 
     def _try_policy(self, policy: str) -> None:
@@ -107,7 +115,8 @@ class Comparison:
         folders = {task.assets, task.pretrained_path.parent}
         files = [path for folder in folders for end in KEY_FILES for path in folder.glob(end)]
         common: dict[str, Any] = {
-            "format": CELL_FORMAT, "task": self.task, "data_root": self.data_root,
+            "format": CELL_FORMAT, "task": self.task, "data": load_data(task, self.data_root).digest(),
+            "extras": [name for name in EXTRAS if importlib.util.find_spec(name) is not None],
             "evaluation": _changed(asdict(self.evaluation), asdict(EvaluationSettings())),
             "settings": _changed(settings.model_dump(), RunSettings().model_dump()),
             "versions": [unlearn_gym.__version__, torch.__version__], "schedule": task.schedule.model_dump(),
@@ -116,14 +125,17 @@ class Comparison:
         }  # fmt: skip
         keys = {}
         for policy in (*self.references(), *self.policies):
-            source = policy_source(policy, self.task)
-            own = {**common, "source": None if source is None else sha256(source)}
+            own = {**common, "source": [sha256(path) for path in policy_sources(policy, self.task)]}
             keys[policy] = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()[:16]
         return keys
 
     def cells(self) -> list[tuple[str, int]]:
         """(policy, seed) of every cell; the references do not depend on the seed."""
         return [(name, 0) for name in self.references()] + [(p, seed) for seed in self.seeds for p in self.policies]
+
+    def keeps(self, seed: int) -> bool:
+        """Whether the cells of ``seed`` keep samples for pictures: the first one's, and the references'."""
+        return seed in (0, self.seeds[0])
 
     def references(self) -> tuple[str, ...]:
         """The untouched model and, where the task has one, the retrained oracle."""
@@ -152,17 +164,16 @@ def run_comparison(
     if jobs < 1:
         raise SettingsError(f"jobs={jobs} must be at least 1")
     comparison.validate()
-    out.mkdir(parents=True, exist_ok=True)
-    store = store or CellStore(out / "cells", known=_finished_cells(out))
+    store = store or CellStore(out / "cells", known=finished_cells(out))
     cells, keys = comparison.cells(), comparison.cell_keys()
+    stored = {name: store.read(*name, keys[name[0]]) for name in cells}
+    found = {n: c for n, c in stored.items() if c is not None and ("pictures" in c or not comparison.keeps(n[1]))}
+    comparison.try_policies(dict.fromkeys(policy for policy, seed in cells if (policy, seed) not in found))
+    out.mkdir(parents=True, exist_ok=True)
     report = progress or (lambda cell, done, total: None)
     report(None, 0, len(cells))
-    found: dict[CellName, dict[str, Any]] = {}
-    for name in cells:
-        cell = store.read(*name, keys[name[0]])
-        if cell is not None:
-            found[name] = cell
-            report(cell, len(found), len(cells))
+    for done, cell in enumerate(found.values(), start=1):
+        report(cell, done, len(cells))
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
     parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
     task = get_task(comparison.task)
@@ -174,13 +185,14 @@ def run_comparison(
         found[cell["policy"], cell["seed"]] = cell
         report(cell, len(found), len(cells))
     raw = {
+        "format": CELL_FORMAT,
         "comparison": asdict(comparison), **_provenance(comparison, command), "cells": [found[name] for name in cells]
     }  # fmt: skip
     write_json(out / "results.json", raw, indent=None)
     return Results(raw)
 
 
-def _finished_cells(out: Path) -> list[dict[str, Any]]:
+def finished_cells(out: Path) -> list[dict[str, Any]]:
     """The cells of the ``results.json`` in ``out``, if there is a whole one."""
     try:
         return load_results(out).cells
@@ -198,9 +210,8 @@ def _run_and_keep(
     if task.name not in task_names():
         register_task(task)
     c = comparison
-    keep_samples = seed in (0, c.seeds[0])
-    cell = run_cell(c.task, policy, seed, c.options, c.evaluation, c.data_root, keep_samples=keep_samples)
-    cell["key"] = key
+    cell = run_cell(c.task, policy, seed, c.options, c.evaluation, c.data_root, keep_samples=c.keeps(seed))
+    cell |= {"key": key, "threads": torch.get_num_threads()}
     write_curves(out / "tensorboard" / store.path(policy, seed, key).stem, cell)
     store.write(cell)
     return cell
@@ -208,10 +219,10 @@ def _run_and_keep(
 
 def agent_training(policy: str, task: str) -> dict[str, Any] | None:
     """What a shipped or trained agent's manifest says of its training's cost; None for all that needed none."""
-    source = policy_source(policy, task)
-    if source is None or source.suffix != ".zip" or not source.with_suffix(".json").is_file():
+    manifests = [p.with_suffix(".json") for p in policy_sources(policy, task) if p.suffix == ".zip"]
+    if not manifests or not manifests[0].is_file():
         return None
-    trained = json.loads(source.with_suffix(".json").read_text())
+    trained = json.loads(manifests[0].read_text())
     return {key: trained.get(key) for key in ("seconds", "timesteps", "reward", "seed", "task")}
 
 

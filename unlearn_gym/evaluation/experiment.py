@@ -10,17 +10,16 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from unlearn_gym.errors import ResultsError
+from unlearn_gym.errors import ResultsError, UnlearnGymError
 from unlearn_gym.evaluation.catalogue import BY_NAME
 from unlearn_gym.evaluation.cell import REFERENCES
-from unlearn_gym.evaluation.comparison import Comparison, run_comparison
+from unlearn_gym.evaluation.comparison import Comparison, finished_cells, run_comparison
 from unlearn_gym.evaluation.judge import EvaluationSettings
 from unlearn_gym.evaluation.report import hours, write_report
 from unlearn_gym.evaluation.results import Results, load_results, merge_results
 from unlearn_gym.evaluation.statistics import paired_difference
 from unlearn_gym.evaluation.store import CellStore
 from unlearn_gym.evaluation.tables import Table, adjusted_p_values, estimate_text, markdown_table
-from unlearn_gym.files import write_json
 from unlearn_gym.settings import describe_validation_error
 
 EXPERIMENTS = Path("configs/experiments")
@@ -100,8 +99,8 @@ def load_experiment(name: str) -> Experiment:
         hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known) or 'none'}"
         raise ResultsError(f"no experiment {name!r}; {hint} (from {EXPERIMENTS}, or a path to a .yaml file)")
     try:
-        return Experiment.model_validate(yaml.safe_load(path.read_text()))
-    except yaml.YAMLError as error:
+        return Experiment.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ResultsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         raise ResultsError(f"{path}: {describe_validation_error(error)}") from None
@@ -117,15 +116,17 @@ def run_experiment(
     """
     experiment = load_experiment(name)
     if experiment.merge:
-        arms = _merged_arms(experiment, out, command)
+        arms = _merged_arms(experiment, out, command, quick=quick)
     else:
         comparisons = experiment.comparisons(data_root, quick=quick)
-        for comparison in comparisons.values():
-            comparison.validate()
+        for arm, comparison in comparisons.items():
+            try:
+                comparison.validate()
+            except UnlearnGymError as error:
+                raise ResultsError(f"experiment {name!r}, arm {arm!r}: {error}") from None
         arms = {}
         for arm, comparison in comparisons.items():
-            known = load_results(out / arm).cells if (out / arm / "results.json").is_file() else []
-            store = CellStore(out.parent / "cells", known)
+            store = CellStore(out.parent / "cells", finished_cells(out / arm))
             arms[arm] = run_comparison(
                 comparison, out / arm, store=store, jobs=jobs, command=command, progress=progress(arm)
             )
@@ -136,13 +137,17 @@ def run_experiment(
     return path
 
 
-def _merged_arms(experiment: Experiment, out: Path, command: str) -> dict[str, Results]:
-    """The results of all merged experiments beside ``out``, those of one task, settings and evaluation together."""
+def _merged_arms(experiment: Experiment, out: Path, command: str, *, quick: bool) -> dict[str, Results]:
+    """The results of all merged experiments beside ``out``, those of one task and setting together.
+
+    They are not written again: the experiments that they come from hold every value.
+    """
     groups: dict[str, dict[str, Results]] = {}
     for name in experiment.merge:
         folders = sorted(path.parent for path in (out.parent / name).glob("*/results.json"))
         if not folders:
-            raise ResultsError(f"no results of {name!r} in {out.parent}; run 'unlearn-gym experiment {name}' first")
+            again = f"unlearn-gym experiment {name}{' --quick' if quick else ''} --out {out.parent / name}"
+            raise ResultsError(f"no results of {name!r} in {out.parent}; run '{again}' first")
         for folder in folders:
             results = load_results(folder)
             groups.setdefault(_group(results), {})[f"{name}/{folder.name}"] = results
@@ -150,7 +155,6 @@ def _merged_arms(experiment: Experiment, out: Path, command: str) -> dict[str, R
     for group, parts in groups.items():
         merged = merge_results(list(parts.values()), list(parts))
         merged.raw["command"] = command
-        write_json(out / group / "results.json", merged.raw, indent=None)
         arms[group] = merged
     return arms
 
@@ -193,7 +197,7 @@ def across(arms: dict[str, Results]) -> Table:
         for policy in results.policies:
             row = [arm, policy, *(estimate_text(results.estimate(policy, m.name), m.form) for m in metrics)]
             if policy in REFERENCES or best is None or not scored or policy == best:
-                row += ["best static" if policy == best else "–", "–"]
+                row += ["best static" if policy == best and scored else "–", "–"]
             else:
                 difference = paired_difference(results.values(policy, "score"), results.values(best, "score"))
                 p_value = p_values.get(policy)

@@ -13,6 +13,8 @@ from unlearn_gym.diffusion import q_sample, sample
 RECONSTRUCTION_SHARE = 0.3
 """Images are noised to this share of T (t = 300 of 1,000): far enough to need the model, near enough to come back."""
 RECONSTRUCTION_STEPS = 10
+CHUNK = 1000
+"""Samples whose distances to another set are computed at once: all at once would not fit for whole data sets."""
 COPY_QUANTILE = 0.001
 """The threshold of a copy: closer to the forget set than all but this share of real retain data."""
 
@@ -48,7 +50,9 @@ class Nearest(NamedTuple):
 
 def nearest(samples: Tensor, others: Tensor) -> Nearest:
     """The closest of ``others`` to each of ``samples``: Euclidean, pixels in [0, 1]."""
-    return Nearest(*torch.cdist(unit_range(samples), unit_range(others)).min(dim=1))
+    other, parts = unit_range(others), unit_range(samples).split(CHUNK)
+    found = (torch.cdist(part, other).min(dim=1) for part in parts)
+    return Nearest(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
 def copy_threshold(retain: Tensor, forget: Tensor) -> float:
@@ -60,11 +64,11 @@ def reconstruct(
     model: nn.Module, x_start: Tensor, alphas_cumprod: Tensor, *, labels: Tensor | None, clip: float | None, seed: int
 ) -> Tensor:
     """Samples ``(N, *S)`` noised to 0.3 T and brought back by the model in ten steps."""
-    start = round(RECONSTRUCTION_SHARE * len(alphas_cumprod))
+    start = max(1, round(RECONSTRUCTION_SHARE * len(alphas_cumprod)))
     noise = torch.randn(x_start.shape, generator=torch.Generator().manual_seed(seed)).to(x_start.device)
     timesteps = torch.full((len(x_start),), start, device=x_start.device)
     x_t = q_sample(x_start, noise, timesteps, alphas_cumprod)
-    steps = RECONSTRUCTION_STEPS
+    steps = min(RECONSTRUCTION_STEPS, start + 1)
     return sample(model, x_t, alphas_cumprod, labels=labels, num_inference_steps=steps, clip=clip, start=start)
 
 

@@ -16,15 +16,20 @@ HASH_PREFIX = "6726825d"
 BATCH_SIZE = 50
 
 
-@lru_cache(maxsize=1)
-def _extractor(path: Path) -> torch.nn.Module:
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
+def check_weights(path: Path) -> None:
+    """Raise :class:`ResultsError` unless ``path`` is the published file: it is a pickle, and only that one is read."""
     if not path.is_file() or not sha256(path).startswith(HASH_PREFIX):
         raise ResultsError(
             f"{path} is not torch-fidelity's {WEIGHTS_NAME} (a SHA-256 that begins with {HASH_PREFIX}); "
             "give the path to that file, or leave Inception features out"
         )
+
+
+@lru_cache(maxsize=1)
+def _extractor(path: Path) -> torch.nn.Module:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    check_weights(path)
     return FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=path)
 
 
@@ -32,7 +37,7 @@ def _extractor(path: Path) -> torch.nn.Module:
 def inception_features(images: Tensor, weights: Path) -> tuple[Tensor, Tensor]:
     """Pool features ``(N, 2048)`` and unbiased logits ``(N, 1008)`` of images ``(N, C, H, W)`` in [-1, 1].
 
-    Raises :class:`ResultsError` when ``weights`` is not the published file: it is a pickle, and only that one is read.
+    Raises :class:`ResultsError` when ``weights`` is not the published file.
     """
     extractor, parts = _extractor(weights), []
     for batch in images.split(BATCH_SIZE):

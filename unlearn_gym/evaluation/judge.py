@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from unlearn_gym.diffusion import sample
 from unlearn_gym.errors import ResultsError
 from unlearn_gym.evaluation.forgetting import copy_threshold, nearest
+from unlearn_gym.evaluation.inception import check_weights
 from unlearn_gym.evaluation.quality import KID_SUBSET_SIZE
 from unlearn_gym.tasks import Task, TaskData, to_model_range
+from unlearn_gym.tasks.probe import equally, learned_labels
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class EvaluationSettings:
             )
         if self.num_likelihood_samples < 0:
             raise ResultsError(f"num_likelihood_samples={self.num_likelihood_samples} must be at least 0")
+        if self.inception_weights is not None:
+            check_weights(Path(self.inception_weights))
 
 
 class Judged(NamedTuple):
@@ -115,12 +120,11 @@ class Judge:
         """Every retained label equally often, ``(num_quality_samples,)``; None for an unconditional model."""
         if self.data.retain_labels is None:
             return None
-        return _equally(self.data.retain_labels.unique(), self.settings.num_quality_samples)
+        return equally(self.data.retain_labels.unique(), self.settings.num_quality_samples)
 
     def forget_labels(self) -> Tensor | None:
         """The labels that the forget data was learned with, ``(num_forget_samples,)``; None if unconditional."""
-        labels = torch.tensor(self.task.probe_labels)
-        return _equally(labels, self.settings.num_forget_samples) if len(labels) else None
+        return learned_labels(self.task, self.data, self.settings.num_forget_samples)
 
     def are_forget_classes(self, classes: Tensor) -> Tensor:
         """Which of ``classes (N,)`` are forget data, bool ``(N,)``."""
@@ -131,29 +135,24 @@ class Judge:
         heldout, labels = self.data.heldout, self.data.heldout_labels
         if labels is None:
             return heldout
-        alike = torch.isin(labels, torch.tensor(self.task.probe_labels, dtype=labels.dtype))
+        learned = learned_labels(self.task, self.data, len(labels))
+        alike = torch.isin(labels, labels[:0] if learned is None else learned)
         return heldout[alike] if alike.any() else heldout
 
     def calibration(self) -> dict[str, float]:
         """What the judges say of real data: shares called forget data, and copies, among held-out retain data (of
-        the forget data's labels, where there is any), the forget set and unseen data of its kind.
+        the forget data's labels, where there is any) and unseen data of the forget set's kind; of the forget set
+        itself, which is its own copy, the first alone.
         """
-        sets = {"retain": self._retain_like_forget(), "forget": self.data.forget}
-        if self.data.unseen is not None:
-            sets["unseen"] = self.data.unseen
+        sets = {"retain": self._retain_like_forget(), "forget": self.data.forget, "unseen": self.data.unseen}
         figures: dict[str, float] = {"copy_threshold": self.copy_threshold}
         for name, samples in sets.items():
+            if samples is None:
+                continue
             x = to_model_range(samples)
             called = self.are_forget_classes(self.task.classifier(x)[1].argmax(1))
-            copies = nearest(x, self.forget).distance < self.copy_threshold
-            figures |= {
-                f"{name}_called_forget": called.float().mean().item(),
-                f"{name}_called_copies": copies.float().mean().item(),
-                f"num_{name}": float(len(x)),
-            }
+            figures |= {f"{name}_called_forget": called.float().mean().item(), f"num_{name}": float(len(x))}
+            if name != "forget":
+                copies = nearest(x, self.forget).distance < self.copy_threshold
+                figures[f"{name}_called_copies"] = copies.float().mean().item()
         return figures
-
-
-def _equally(labels: Tensor, n: int) -> Tensor:
-    """``n`` labels, each of ``labels`` equally often."""
-    return labels.repeat(n // len(labels) + 1)[:n]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_gym.errors import ResultsError
+from unlearn_gym.evaluation.catalogue import MEASURED
 from unlearn_gym.evaluation.forgetting import membership_auc, nearest, reconstruct, reconstruction_distance
 from unlearn_gym.evaluation.inception import inception_features
 from unlearn_gym.evaluation.judge import EvaluationSettings, Judge, Judged
@@ -54,6 +55,10 @@ class Figures:
         else:
             self.absent[name] = "not finite"
 
+    def missing(self, reason: str) -> dict[str, str]:
+        """The absent metrics with their reasons, ``reason`` for those of which nothing is known."""
+        return {name: self.absent.get(name, reason) for name in MEASURED if name not in self.values}
+
     @contextmanager
     def trying(self, *names: str) -> Iterator[None]:
         """What cannot be computed within is absent, with the error's line as the reason."""
@@ -75,6 +80,8 @@ class Evaluation(NamedTuple):
     quality_samples: Tensor | None = None
     is_forget: Tensor | None = None
     """Which of ``forget_samples`` the classifier calls forget data, bool ``(N,)``."""
+    finite: bool = True
+    """Whether losses and samples are."""
 
 
 class Evaluator:
@@ -106,16 +113,21 @@ class Evaluator:
         model, figures = self._for_evaluation(model), Figures()
         profile = self._losses(model, figures)
         if not all(name in figures.values for name in ("forget_loss", "retain_loss")):
-            return Evaluation(figures.values, figures.absent, profile)
+            return Evaluation(figures.values, figures.missing("the losses are not finite"), profile, finite=False)
         self._reconstruction(model, figures)
         self._predictions(model, figures)
         self._likelihoods(model, figures)
         if self.task.classify is None:
-            figures.absent |= dict.fromkeys(("forget_rate", "feature_kid"), "the task has no classifier")
-            return Evaluation(figures.values, figures.absent, profile)
-        quality = self._quality(model, figures)
-        is_forget, forget = self._forgetting(model, figures)
-        return Evaluation(figures.values, figures.absent, profile, forget.samples, quality.samples, is_forget)
+            return Evaluation(figures.values, figures.missing("the task has no classifier"), profile)
+        judge, s = self.judge, self.settings
+        quality = judge.draw(model, judge.quality_labels(), s.num_quality_samples, s.seed)
+        forget = judge.draw(model, judge.forget_labels(), s.num_forget_samples, s.seed + 1)
+        if not all(torch.isfinite(drawn.samples).all() for drawn in (quality, forget)):
+            return Evaluation(figures.values, figures.missing("the samples are not finite"), profile, finite=False)
+        self._quality(quality, figures)
+        is_forget = self._forgetting(forget, figures)
+        absent = figures.missing("not for this kind of task")
+        return Evaluation(figures.values, absent, profile, forget.samples, quality.samples, is_forget)
 
     def _for_evaluation(self, model: nn.Module) -> nn.Module:
         return copy.deepcopy(model).to(memory_format=torch.channels_last).eval()
@@ -187,13 +199,9 @@ class Evaluator:
                     )  # fmt: skip
                     figures.add(key, bits.mean().item())
 
-    def _quality(self, model: nn.Module, figures: Figures) -> Judged:
+    def _quality(self, drawn: Judged, figures: Figures) -> None:
         """Metrics of samples of the labels to retain, or of all samples of an unconditional model."""
         labels, reference = self.judge.quality_labels(), self.judge.reference
-        drawn = self.judge.draw(model, labels, self.settings.num_quality_samples, self.settings.seed)
-        if not torch.isfinite(drawn.features).all():
-            figures.absent |= dict.fromkeys(("feature_fid", "feature_kid"), "the samples are not finite")
-            return drawn
         self._feature_distances(drawn, figures)
         num_classes = drawn.logits.shape[1]
         wanted = reference.classes if labels is None else labels
@@ -202,8 +210,7 @@ class Evaluator:
         if labels is not None:
             figures.add("class_accuracy", (drawn.classes == labels).float().mean().item())
         self._ssim(figures, "ssim_mean", drawn.samples, reference.samples.mean(0, keepdim=True))
-        self._inception(figures, drawn.samples, reference.samples)
-        return drawn
+        self._inception(figures, drawn.samples)
 
     def _feature_distances(self, drawn: Judged, figures: Figures) -> None:
         """How far the samples' features are from those of the reference and of the oracle's samples."""
@@ -214,20 +221,21 @@ class Evaluator:
             with figures.trying(f"oracle_{name}"):
                 if self.oracle_samples is not None:
                     figures.add(f"oracle_{name}", metric(drawn.features, self.oracle_samples.features))
-        for name, value in zip(("precision", "recall"), precision_recall(drawn.features, expected), strict=True):
-            figures.add(name, value)
-        figures.add("class_score", class_score(drawn.logits))
+        with figures.trying("precision", "recall"):
+            for name, value in zip(("precision", "recall"), precision_recall(drawn.features, expected), strict=True):
+                figures.add(name, value)
+        with figures.trying("class_score"):
+            figures.add("class_score", class_score(drawn.logits))
 
-    def _forgetting(self, model: nn.Module, figures: Figures) -> tuple[Tensor, Judged]:
+    def _forgetting(self, drawn: Judged, figures: Figures) -> Tensor:
         """Metrics of samples drawn under the forget data's labels; returns which of them are forget data."""
-        judge, s = self.judge, self.settings
-        drawn = judge.draw(model, judge.forget_labels(), s.num_forget_samples, s.seed + 1)
+        judge = self.judge
         is_forget, closest = judge.are_forget_classes(drawn.classes), nearest(drawn.samples, judge.forget)
         figures.add("forget_rate", is_forget.float().mean().item())
         figures.add("copy_rate", (closest.distance < judge.copy_threshold).float().mean().item())
         figures.add("copy_distance", closest.distance.median().item())
         self._ssim(figures, "ssim_copy", drawn.samples, judge.forget[closest.place])
-        return is_forget, drawn
+        return is_forget
 
     def _ssim(self, figures: Figures, name: str, samples: Tensor, others: Tensor) -> None:
         if samples.dim() != 4 or min(samples.shape[2:]) < SSIM_SIZE:
@@ -236,14 +244,20 @@ class Evaluator:
         with figures.trying(name):
             figures.add(name, ssim(samples, others.expand_as(samples)).mean().item())
 
-    def _inception(self, figures: Figures, samples: Tensor, reference: Tensor) -> None:
+    @cached_property
+    def _inception_reference(self) -> Tensor:
+        assert self.settings.inception_weights is not None
+        return inception_features(self.judge.reference.samples, Path(self.settings.inception_weights))[0]
+
+    def _inception(self, figures: Figures, samples: Tensor) -> None:
         names = ("inception_fid", "inception_kid", "inception_score")
         if self.settings.inception_weights is None or samples.dim() != 4:
-            figures.absent |= dict.fromkeys(names, "no Inception weights were given")
+            reason = "no Inception weights were given" if samples.dim() == 4 else "Inception features are of images"
+            figures.absent |= dict.fromkeys(names, reason)
             return
-        weights = Path(self.settings.inception_weights)
-        (features, logits), (expected, _) = (inception_features(x, weights) for x in (samples, reference))
-        figures.add("inception_score", class_score(logits))
+        features, logits = inception_features(samples, Path(self.settings.inception_weights))
+        with figures.trying("inception_score"):
+            figures.add("inception_score", class_score(logits))
         for name, metric in (("inception_fid", fid), ("inception_kid", kid)):
             with figures.trying(name):
-                figures.add(name, metric(features, expected))
+                figures.add(name, metric(features, self._inception_reference))

@@ -17,7 +17,7 @@ from unlearn_gym.diffusion import grid_timesteps
 from unlearn_gym.envs.rendering import draw_samples
 from unlearn_gym.evaluation.cell import FINETUNE, ORACLE, REFERENCES, UNTOUCHED, unpack_samples
 from unlearn_gym.evaluation.results import Results
-from unlearn_gym.evaluation.statistics import spearman
+from unlearn_gym.evaluation.statistics import Estimate, spearman
 
 HITS_SHOWN, GRID_SIZE = 20, 40
 KNOWN = (
@@ -26,6 +26,8 @@ KNOWN = (
 )  # fmt: skip
 """Policies with a colour of their own, the same in every picture."""
 MAX_LINES = 8
+MIN_SEEDS = 8
+"""A percentile bootstrap of fewer values covers far less than 95 %."""
 
 
 def color(policy: str) -> Any:
@@ -129,7 +131,7 @@ def draw_profile(results: Results, path: Path) -> Path:
 
 
 def draw_returns(results: Results, path: Path) -> Path:
-    """The literal return against what is wanted: one point a run, one panel a figure of merit."""
+    """The return against what is wanted: one point a run, one panel a figure of merit."""
     names = [n for n in ("score", "forget_loss", "retain_loss") if any(results.values(p, n) for p in results.policies)]
     figure = Figure(figsize=(3.4 * len(names) + 1.6, 3.8), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
@@ -141,14 +143,21 @@ def draw_returns(results: Results, path: Path) -> Path:
             label = policy if panel is panels[0] and common else None
             panel.scatter([x[s] for s in common], [y[s] for s in common], s=9, color=color(policy), label=label)
         found = spearman(xs, ys, groups=seeds)
-        rho = "" if found is None else f"Spearman {found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
-        panel.set(xlabel="literal return", ylabel=name.replace("_", " "))
+        rho = "" if found is None else f"Spearman {correlation_text(results, found)}"
+        panel.set(xlabel=f"return (reward={results.settings.get('reward', 'siss')})", ylabel=name.replace("_", " "))
         panel.set_title(rho, fontsize=9)
         panel.xaxis.set_major_locator(MaxNLocator(4))
         bare(panel)
     columns = 1 + (len(results.policies) - 1) // 20
     figure.legend(loc="outside right center", fontsize=6, frameon=False, ncols=columns, markerscale=1.5)
     return save(figure, path)
+
+
+def correlation_text(results: Results, found: Estimate) -> str:
+    """A rank correlation, with its interval over seeds where there are enough of them."""
+    if len(results.seeds) < MIN_SEEDS:
+        return f"{found.mean:+.2f}"
+    return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
 
 
 def returns_and(results: Results, metric: str) -> tuple[list[float], list[float], list[int]]:
@@ -172,8 +181,8 @@ def draw_sample_grids(results: Results, policy: str, path: Path) -> Path:
     pictures = {c["policy"]: c["pictures"] for c in reversed(results.cells) if c.get("pictures")}
     shown = [p for p in (UNTOUCHED, policy, ORACLE) if p in pictures]
     hits = pictures[UNTOUCHED]["forget_hits"][:HITS_SHOWN]
-    order = [*hits, *(i for i in range(GRID_SIZE + len(hits)) if i not in hits)][:GRID_SIZE]
     drawn = {p: [unpack_samples(pictures[p][name]) for name in ("forget", "quality")] for p in shown}
+    order = [*hits, *(i for i in range(len(drawn[UNTOUCHED][0])) if i not in hits)][:GRID_SIZE]
     images = drawn[UNTOUCHED][0].dim() == 4
     figure = Figure(figsize=(4.2 * len(shown), 4.2), layout="constrained")
     panels = figure.subplots(2 if images else 1, len(shown), squeeze=False)

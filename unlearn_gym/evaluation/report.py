@@ -10,13 +10,12 @@ from unlearn_gym.evaluation import pictures, tables
 from unlearn_gym.evaluation.catalogue import BY_NAME
 from unlearn_gym.evaluation.cell import FINETUNE, ORACLE, REFERENCES, UNTOUCHED
 from unlearn_gym.evaluation.forgetting import wilson_interval
+from unlearn_gym.evaluation.pictures import MIN_SEEDS
 from unlearn_gym.evaluation.results import Results
 from unlearn_gym.evaluation.signatures import warnings
 from unlearn_gym.evaluation.statistics import spearman
 from unlearn_gym.evaluation.tables import estimate_text, markdown_table
 
-MIN_SEEDS = 8
-"""A percentile bootstrap of fewer values covers far less than 95 %."""
 FIGURES = ("forget_rate", "forget_loss", "retain_loss")
 
 
@@ -54,15 +53,23 @@ BEST_STATIC = (
 )
 EXCHANGE = (
     "The score takes w times the relative rise of the retain loss from the share forgotten. Clearly better: p < 0.05, "
-    "Holm-corrected over all that are not static."
+    "Holm-corrected over all that are not static. Both bests are chosen with hindsight, for which the "
+    "interval is not corrected."
 )
-PAIRED = "On the same seeds and batches. A star: p < 0.05, Holm-corrected over the policies of its column."
+PAIRED = (
+    "On the same seeds and batches. A star: p < 0.05, Holm-corrected over the policies of its column. Without an "
+    "oracle there are no scores, and the differences are to static:0.5 or the first static λ."
+)
 MATCHED = (
     "Each run's forget and retain loss are measured along it on a fixed probe. Where a run first reaches a forget "
     "loss (at a quarter, half and three quarters of the geometric way from the untouched model to the oracle), how "
-    "much has its retain loss risen? Compared with the static λ that does best there, over seeds on which both arrive."
+    "much has its retain loss risen? Compared with the static λ that does best there, over seeds on which both arrive; "
+    "runs that diverged later count as far as they came."
 )
-EFFORT = "Mean updates and seconds to each forget loss, of the runs (their number) that reach it; seconds of a run."
+EFFORT = (
+    "Mean updates and seconds to each forget loss, of the runs (their number) that reach it; seconds of a run, as the "
+    "clock went while other runs shared the machine."
+)
 
 
 def _section(title: str, table: tables.Table, text: str) -> list[str]:
@@ -121,8 +128,12 @@ def verdict(results: Results) -> list[str]:
         form = BY_NAME["score"].form
         best = max(ranked, key=lambda p: results.estimate(p, "score").mean)
         lines.append(f"Highest score: **{best}**: {estimate_text(results.estimate(best, 'score'), form)}.")
-    if len(results.seeds) < MIN_SEEDS:
-        lines.append(f"Intervals over {len(results.seeds)} seed(s) are far too narrow; take {MIN_SEEDS} or more.")
+    seeds = {p: set(results.values(p, "retain_loss")) for p in ranked}
+    fewest = min(len(s) for s in seeds.values())
+    if len({frozenset(s) for s in seeds.values()}) > 1:
+        lines.append("Policies ran on different seeds: compare them in the paired columns, not by their means.")
+    if fewest < MIN_SEEDS:
+        lines.append(f"Intervals over {fewest} seed(s) are far too narrow; take {MIN_SEEDS} or more.")
     if results.diverged:
         lines.append(f"Diverged in at least one run, and not ranked: {', '.join(sorted(results.diverged))}.")
     return lines
@@ -135,7 +146,7 @@ def reward_lines(results: Results) -> list[str]:
         xs, ys, seeds = pictures.returns_and(results, name)
         found = spearman(xs, ys, groups=seeds)
         if found is not None:
-            rho = estimate_text(found, lambda v: f"{v:+.2f}")
+            rho = pictures.correlation_text(results, found)
             lines.append(f"Return and {BY_NAME[name].title}: Spearman {rho} over {len(xs)} runs, seeds resampled.")
     return lines or ["Too few runs to say."]
 
@@ -157,11 +168,14 @@ def _protocol(results: Results) -> list[str]:
         "Losses: noise prediction on a fixed grid of (t, noise); retain loss on held-out data. Samples: "
         f"{evaluation['num_forget_samples']} of the forget data's labels, {evaluation['num_quality_samples']} of "
         f"those to retain; {results.raw['num_inference_steps']} steps of DPM-Solver++(2M), one noise.",
-        f"KID and FID: {results.raw['feature_dim']} features of the task's own classifier, not Inception; reference: "
-        f"{results.raw['num_reference']} held-out retain samples, no forget data. docs/metrics.md has every metric.",
         f"Score: w = {s['potential_retain_coef']:g}. Intervals: 95 % percentile bootstrap over seeds; a reference row "
         "has none.",
     ]
+    if results.raw["feature_dim"] is not None:
+        lines.append(
+            f"KID, FID: {results.raw['feature_dim']} features of the task's own classifier, not Inception; against "
+            f"{results.raw['num_reference']} held-out retain samples, no forget data. docs/metrics.md has every metric."
+        )
     n = evaluation["num_forget_samples"]
     for policy in REFERENCES:
         for rate in results.values(policy, "forget_rate").values():
@@ -170,8 +184,9 @@ def _protocol(results: Results) -> list[str]:
                 f"Forget rate of the {policy} model: {100 * rate:.1f} %, Wilson 95 % interval "
                 f"[{100 * low:.1f}, {100 * high:.1f}] % by its {n} samples alone."
             )
-    zero = 100 * wilson_interval(0, n)[1]
-    lines.append(f"A forget rate of 0.0 % in a run excludes rates above {zero:.1f} % (Wilson).")
+    if results.values(UNTOUCHED, "forget_rate"):
+        zero = 100 * wilson_interval(0, n)[1]
+        lines.append(f"A forget rate of 0.0 % in a run excludes rates above {zero:.1f} % (Wilson).")
     if FINETUNE in results.policies:
         lines.append(f"`{FINETUNE}` is plain training on retain data (λ = 0, no forget gradient), the naive baseline.")
     return lines
@@ -183,19 +198,27 @@ def _calibration(results: Results) -> list[str]:
         return []
     kinds = {"retain": "held-out retain", "forget": "forget", "unseen": "unseen samples of the forget set's kind"}
     kinds = {kind: words for kind, words in kinds.items() if f"num_{kind}" in c}
+    copied = [kind for kind in kinds if f"{kind}_called_copies" in c]
     called = "; ".join(
         f"{100 * c[f'{kind}_called_forget']:.2f} % of {c[f'num_{kind}']:.0f} {words}" for kind, words in kinds.items()
     )
-    copies = "; ".join(f"{100 * c[f'{kind}_called_copies']:.2f} % {words}" for kind, words in kinds.items())
+    copies = "; ".join(f"{100 * c[f'{kind}_called_copies']:.2f} % of {kinds[kind]}" for kind in copied)
     return [
         f"Calibration on real data: the classifier calls forget data {called}.",
-        f"A copy is closer than {c['copy_threshold']:.3f} to the forget set: {copies}.",
+        f"A copy is closer than {c['copy_threshold']:.3f} to the forget set, as are {copies}: where that last share is "
+        "large, it finds the kind of image rather than the image.",
     ]
 
 
 def _absences(results: Results) -> list[str]:
-    """Metrics that no cell has, with the reasons."""
+    """Metrics that no run has, with the reasons, and those that only some have."""
     reasons = {name: reason for cell in results.cells for name, reason in cell.get("absent", {}).items()}
-    reasons = {n: r for n, r in reasons.items() if not any(results.values(p, n) for p in results.policies)}
-    by_reason = {reason: [n for n, r in reasons.items() if r == reason] for reason in dict.fromkeys(reasons.values())}
-    return [f"Not measured: {', '.join(names)} ({reason})." for reason, names in by_reason.items()]
+    lacking = {n: sum(n in cell.get("absent", {}) for cell in results.cells) for n in reasons}
+    never = {n: r for n, r in reasons.items() if not any(results.values(p, n) for p in results.policies)}
+    by_reason = {reason: [n for n, r in never.items() if r == reason] for reason in dict.fromkeys(never.values())}
+    lines = [f"Not measured: {', '.join(names)} ({reason})." for reason, names in by_reason.items()]
+    return lines + [
+        f"{name} is absent in {lacking[name]} of {len(results.cells)} runs ({reason})."
+        for name, reason in reasons.items()
+        if name not in never
+    ]

@@ -16,8 +16,13 @@ from unlearn_gym.evaluation.cell import FINETUNE, ORACLE, REFERENCES, UNTOUCHED
 from unlearn_gym.evaluation.matched import Probe, matched_levels
 from unlearn_gym.evaluation.statistics import Estimate, bootstrap_mean
 
-RESULT_KEYS = {"comparison", "settings", "calibration", "versions", "cells", "command"}
-MUST_AGREE = ("settings", "num_inference_steps", "num_retain", "num_forget", "num_reference", "calibration", "versions")
+CELL_FORMAT = 2
+"""To be raised when a cell holds more than before or a default changes, so that older ones are run again."""
+RESULT_KEYS = {"format", "comparison", "settings", "calibration", "versions", "cells", "command"}
+MUST_AGREE = (
+    "settings", "num_train_timesteps", "num_inference_steps", "num_retain", "num_forget", "num_reference",
+    "feature_dim", "probe_cap", "calibration", "versions",
+)  # fmt: skip
 """What results must have in common to be merged, beside task and evaluation."""
 
 CellName = tuple[str, int]
@@ -59,7 +64,7 @@ class Results:
     @cached_property
     def _values(self) -> dict[str, dict[str, dict[int, float]]]:
         table: dict[str, dict[str, dict[int, float]]] = {}
-        for cell in self.cells:
+        for cell in (c for c in self.cells if not c["diverged"]):
             lambdas = cell.get("trace", {}).get("lambda_")
             figures = {**cell["metrics"], "episode_return": cell.get("episode_return")}
             figures["mean_lambda"] = float(np.mean(lambdas)) if lambdas else None
@@ -155,6 +160,10 @@ def load_results(folder: Path) -> Results:
     missing = RESULT_KEYS - raw.keys() if isinstance(raw, dict) else RESULT_KEYS
     if missing:
         raise ResultsError(f"{path} lacks {sorted(missing)[0]!r}; run the comparison again")
+    if raw["format"] != CELL_FORMAT:
+        raise ResultsError(f"{path} has format {raw['format']}, this version {CELL_FORMAT}; run the comparison again")
+    if not raw["cells"] or "task" not in raw["comparison"]:
+        raise ResultsError(f"{path} holds no runs of a task; run the comparison again")
     return Results(raw)
 
 
@@ -171,15 +180,27 @@ def merge_results(parts: Sequence[Results], names: Sequence[str]) -> Results:
                 raise ResultsError(f"{name} and {names[0]} cannot be merged: {what} is {ours} there, {theirs} here")
         for cell in part.cells:
             known = cells.setdefault((cell["policy"], cell["seed"]), cell)
-            if known.get("key") != cell.get("key"):
+            if known is not cell and (known.get("key") != cell.get("key") or known.get("key") is None):
                 raise ResultsError(
                     f"{name} measured {cell['policy']} at seed {cell['seed']} otherwise than another folder did; "
                     "leave one of them out"
                 )
     order = {policy: i for i, policy in enumerate(dict.fromkeys(p for part in parts for p in part.policies))}
     merged = sorted(cells.values(), key=lambda c: (c["policy"] not in REFERENCES, c["seed"], order[c["policy"]]))
-    commands = dict.fromkeys(part.raw["command"] for part in parts)
-    return Results({**first.raw, "cells": merged, "command": "; ".join(commands)})
+    raws = [part.raw for part in parts]
+    both = {
+        name: tuple(dict.fromkeys(value for raw in raws for value in raw["comparison"][name]))
+        for name in ("policies", "seeds")
+    }
+    return Results(
+        {
+            **first.raw,
+            "comparison": {**first.raw["comparison"], **both},
+            "training": {k: v for raw in raws for k, v in raw.get("training", {}).items()},
+            "command": "; ".join(dict.fromkeys(raw["command"] for raw in raws)),
+            "cells": merged,
+        }
+    )
 
 
 def _common_ground(a: Results, b: Results) -> list[tuple[str, Any, Any]]:

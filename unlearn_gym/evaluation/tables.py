@@ -88,7 +88,7 @@ def terminal(results: Results, *, intervals: bool) -> Table:
         row = [policy]
         for m in shown:
             mean, low, high = results.estimate(policy, m.name)
-            text = m.form(mean) if np.isfinite(mean) else "diverged"
+            text = m.form(mean) if np.isfinite(mean) else ("diverged" if policy in results.diverged else NOTHING)
             row.append(text + (f"\n{m.form(low)} … {m.form(high)}" if intervals and low < high else ""))
         rows.append(row)
     return ["policy", *(m.title for m in shown)], rows
@@ -229,10 +229,11 @@ def efforts(results: Results) -> Table:
         row = [policy]
         for level in levels:
             found = list(crossings(results, policy, level).values())
-            updates, seconds = (np.mean([getattr(c, n) for c in found]) if found else 0 for n in ("updates", "seconds"))
-            row.append(f"{updates:.1f} / {seconds:.2f} s ({len(found)})" if found else NOTHING)
-        cells, trained = results.of(policy), training.get(policy)
+            updates, elapsed = (np.mean([getattr(c, n) for c in found]) if found else 0 for n in ("updates", "seconds"))
+            row.append(f"{updates:.1f} / {elapsed:.2f} s ({len(found)})" if found else NOTHING)
+        cells = results.of(policy)
+        seconds = (training.get(policy) or {}).get("seconds") or max(c.get("training_seconds", 0.0) for c in cells)
         row += [f"{np.mean([c[f'{side}_seconds'] for c in cells]):.2f}" for side in ("env", "policy")]
-        row.append(f"{trained['seconds']:.0f}" if trained and trained.get("seconds") else NOTHING)
+        row.append(f"{seconds:.1f}" if seconds else NOTHING)
         rows.append(row)
     return ["policy", *(f"to {level:.4f}" for level in levels), "environment s", "policy s", "training s"], rows

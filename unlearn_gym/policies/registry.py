@@ -51,24 +51,31 @@ def make_policy(spec: str, context: PolicyContext) -> LambdaPolicy:
     raise PolicyError(f"unknown policy {spec!r}; {f'did you mean {close[0]!r}? ' if close else ''}known: {USAGE}")
 
 
-def policy_source(spec: str, task: str) -> Path | None:
-    """The file that a policy's behaviour comes from, where that is not this package: an agent, a user's module, or
-    the weights of the task that it was trained on.
+def policy_sources(spec: str, task: str) -> list[Path]:
+    """The files that a policy's behaviour comes from, beside this package: an agent, a user's module, or the weights
+    and constants of the task that it was trained on.
     """
     name, *arguments = spec.split(":")
-    if name == "variational" and ":from=" in spec:
-        return get_task(spec.partition(":from=")[2]).pretrained_path
+    if name == "variational":
+        source = parse_variational(spec).source
+        return [] if source is None else _task_files(source)
     if spec.endswith(".zip"):
-        return Path(spec)
+        return [Path(spec)]
     if name in SHIPPED_NAMES:
-        return SHIPPED_AGENTS / task / f"{name}.zip"
+        return [SHIPPED_AGENTS / task / f"{name}.zip"]
     if name in BUILT_IN or len(arguments) != 1:
-        return None
+        return []
     try:
         module = importlib.util.find_spec(name)
     except ImportError:
-        return None
-    return Path(module.origin) if module is not None and module.origin else None
+        return []
+    return [Path(module.origin)] if module is not None and module.origin else []
+
+
+def _task_files(name: str) -> list[Path]:
+    task = get_task(name)
+    constants = [folder / "constants.json" for folder in (task.assets, task.pretrained_path.parent)]
+    return [task.pretrained_path, *(path for path in dict.fromkeys(constants) if path.is_file())]
 
 
 def _lambdas(spec: str, arguments: list[str], context: PolicyContext, count: int) -> list[float]:
@@ -88,17 +95,18 @@ def _variational(spec: str, context: PolicyContext) -> LambdaPolicy:
     chosen = parse_variational(spec)
     if chosen.estimator == "variance":
         return variational.VariancePolicy(context, kl_coef=chosen.beta)
-    trained = None
+    trained, seconds = None, 0.0
     try:
         num_inputs = len(variational.seen_entries(chosen.features, context))
         if chosen.source is not None:
             task = get_task(chosen.source).name
-            trained = trained_network(task, chosen.estimator, chosen.beta, chosen.features, num_inputs)
+            trained, seconds = trained_network(task, chosen.estimator, chosen.beta, chosen.features, num_inputs)
     except UnlearnGymError as error:
         raise PolicyError(f"policy {spec!r}: {error}") from None
     return variational.VariationalPolicy(
-        context, chosen.estimator, kl_coef=chosen.beta, features=chosen.features, trained=trained
-    )
+        context, chosen.estimator, kl_coef=chosen.beta, features=chosen.features, trained=trained,
+        training_seconds=seconds,
+    )  # fmt: skip
 
 
 def _agent(path: Path, context: PolicyContext) -> LambdaPolicy:

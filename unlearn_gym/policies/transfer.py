@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import cache
 
 from unlearn_gym.envs import SISSUnlearnEnv
@@ -15,12 +16,15 @@ FIRST_SEED = 1_000_000
 
 
 @cache
-def trained_network(task: str, estimator: str, kl_coef: float, features: str, num_inputs: int) -> InferenceNetwork:
-    """The network after ``NUM_EPISODES`` episodes of ``task`` at its default settings; trained once per process.
+def trained_network(
+    task: str, estimator: str, kl_coef: float, features: str, num_inputs: int
+) -> tuple[InferenceNetwork, float]:
+    """The network after ``NUM_EPISODES`` episodes of ``task`` at its default settings, and the seconds that took.
 
-    Network and optimizer go on from one episode to the next. Raises :class:`PolicyError` when ``features`` of
-    ``task`` are not ``num_inputs`` values, and what :class:`SISSUnlearnEnv` raises.
+    Trained once per process; network and optimizer go on from one episode to the next. Raises :class:`PolicyError`
+    when ``features`` of ``task`` are not ``num_inputs`` values, and what :class:`SISSUnlearnEnv` raises.
     """
+    started = time.perf_counter()
     env = SISSUnlearnEnv(task, observation="extended" if features == "extended" else "paper")
     s = env.settings
     context = PolicyContext(task, s.lambda_min, s.lambda_max, s.horizon, observation_extra=env.observation_extra)
@@ -34,7 +38,7 @@ def trained_network(task: str, estimator: str, kl_coef: float, features: str, nu
     for seed in range(FIRST_SEED, FIRST_SEED + NUM_EPISODES):
         policy.reseed(seed)
         _run(env, policy, seed)
-    return policy.network
+    return policy.network, time.perf_counter() - started
 
 
 def _run(env: SISSUnlearnEnv, policy: VariationalPolicy, seed: int) -> None:

@@ -59,6 +59,7 @@ class VariationalPolicy:
         learning_rate: Adam's; the authors' 1e-4 serves runs of hundreds of updates, the default one of 60.
         features: v, one of ``FEATURE_SETS``; ``"norms"`` is the observation's first four entries.
         trained: a network to be used frozen, of as many inputs as v has (:mod:`unlearn_gym.policies.transfer`).
+        training_seconds: what its training took, for comparisons that count it.
 
     Raises :class:`PolicyError` for ``"extended"`` features of an observation that is not.
     """
@@ -72,9 +73,11 @@ class VariationalPolicy:
         learning_rate: float = 0.01,
         features: str = "norms",
         trained: InferenceNetwork | None = None,
+        training_seconds: float = 0.0,
     ) -> None:
         self.context, self.estimator, self.kl_coef, self.learning_rate = context, estimator, kl_coef, learning_rate
         self.entries = seen_entries(features, context)
+        self.training_seconds = training_seconds
         self.trained = None if trained is None else trained.requires_grad_(False)
         self.reset(0)
 

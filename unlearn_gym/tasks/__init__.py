@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,18 @@ MNIST_ARCHIVE = ASSETS / "mnist-trousers" / "data.npz"
 MNIST_NETWORK = UNetConfig(channels=(48, 96), num_blocks=1)
 
 
+@dataclass(frozen=True)
+class Of:
+    """``function(classes, …)`` as a value: equal ones compare equal, in another process too."""
+
+    function: Callable[..., Any]
+    classes: tuple[int, ...]
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The function's value."""
+        return self.function(self.classes, *arguments)
+
+
 def _load_mnist_trousers(data_root: Path | None, download: bool) -> TaskData:
     return mnist.load_mnist_trousers(MNIST_ARCHIVE, data_root, download=download)
 
@@ -79,7 +92,7 @@ def make_mnist_digits(digits: tuple[int, ...], name: str) -> Task:
         name=name,
         description=f"class-conditional DDPM on MNIST: forget the digits {', '.join(map(str, digits))}",
         network=MNIST_NETWORK.model_copy(update={"num_classes": 10}),
-        load_data=partial(_load_mnist_digits, digits),
+        load_data=Of(_load_mnist_digits, digits),
         **_member_folders("mnist-digits", digits, name),
         settings=RunSettings(learning_rate=3e-5),
         classify=classify,
@@ -96,12 +109,12 @@ def make_gaussians(modes: tuple[int, ...], name: str) -> Task:
         description=f"small MLP on a ring of eight Gaussians in the plane: forget {', '.join(map(str, modes))}",
         network=MLPConfig(),
         schedule=ScheduleConfig(num_train_timesteps=200, beta_start=5e-4, beta_end=0.1),
-        load_data=partial(_load_gaussians, modes),
+        load_data=Of(_load_gaussians, modes),
         **_member_folders("gaussians-2d", modes, name),
         settings=RunSettings(learning_rate=3e-4, skip_zero_weights=False),
         classify=gaussians.classify_points,
         forget_classes=modes,
-        optimum=partial(gaussians.optimal_epsilon, kept),
+        optimum=Of(gaussians.optimal_epsilon, kept),
         clip=None,
     )
 

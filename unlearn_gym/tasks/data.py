@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -66,6 +67,16 @@ class TaskData:
         values: dict[str, Any] = {f.name: tensors.pop(f.name, None) for f in fields(cls)}
         values |= {k: int(values[k]) for k in SIZES if values[k] is not None}
         return cls(**values), tensors
+
+    def digest(self) -> str:
+        """SHA-256 of everything in it."""
+        digest = hashlib.sha256()
+        for f in fields(self):
+            value = getattr(self, f.name)
+            digest.update(f"{f.name} {value if not isinstance(value, Tensor) else tuple(value.shape)}".encode())
+            if isinstance(value, Tensor):
+                digest.update(value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def to(self, device: str | torch.device) -> Self:
         """The same data on ``device``."""

@@ -27,6 +27,11 @@ def sample_modes(modes: list[int], per_mode: int, generator: torch.Generator) ->
     return points[torch.randperm(len(points), generator=generator)]
 
 
+def closest_mode(points: Tensor) -> Tensor:
+    """Index of the mode closest to each point ``(N,)``, however far."""
+    return torch.cdist(points, mode_centers()).argmin(1)
+
+
 def classify_points(points: Tensor) -> tuple[Tensor, Tensor]:
     """The points themselves as features ``(N, 2)``, and log-densities under each mode, up to a constant, as logits
     ``(N, 9)``; the ninth class is none of them: farther than 4 standard deviations from every mode.
@@ -50,13 +55,21 @@ def optimal_epsilon(modes: tuple[int, ...], x_t: Tensor, alpha_bars: Tensor) -> 
     return (1 - alpha_bars).sqrt() * (shares[:, :, None] * offsets).sum(1) / variance
 
 
-def load_gaussians(forget_modes: tuple[int, ...] = (0,), per_mode: int = 1000) -> TaskData:
-    """Data of ``gaussians-2d``: drawn from a fixed seed, the same on every machine and call."""
-    generator = torch.Generator().manual_seed(2512)
-    kept = [mode for mode in range(NUM_MODES) if mode not in forget_modes]
+PER_MODE, HELDOUT_PER_MODE = 1000, 250
+
+
+def load_gaussians(forget_modes: tuple[int, ...] = (0,)) -> TaskData:
+    """Data of ``gaussians-2d``: drawn from a fixed seed, the same on every machine and call.
+
+    All members of the family share one pool of points that the pretrained model has learned and one that no model has
+    seen; which modes are to be forgotten only parts them.
+    """
+    generator, others = torch.Generator().manual_seed(2512), list(range(1, NUM_MODES))
+    retain, forget = sample_modes(others, PER_MODE, generator), sample_modes([0], PER_MODE, generator)
+    heldout, unseen = sample_modes(others, HELDOUT_PER_MODE, generator), sample_modes([0], PER_MODE, generator)
+    learned, new = torch.cat([retain, forget]), torch.cat([heldout, unseen[:HELDOUT_PER_MODE]])
+    of_forget = [torch.isin(closest_mode(points), torch.tensor(forget_modes)) for points in (learned, new)]
     return TaskData(
-        retain=sample_modes(kept, per_mode, generator),
-        forget=sample_modes(list(forget_modes), per_mode, generator),
-        heldout=sample_modes(kept, per_mode // 4, generator),
-        unseen=sample_modes(list(forget_modes), per_mode, generator),
-    )
+        retain=learned[~of_forget[0]], forget=learned[of_forget[0]], heldout=new[~of_forget[1]],
+        unseen=unseen if forget_modes == (0,) else new[of_forget[1]],
+    )  # fmt: skip

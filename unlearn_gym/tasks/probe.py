@@ -1,4 +1,4 @@
-"""Losses of a model on a task's sets, on a grid of (t, noise) that is the same for every model."""
+"""Losses of a model on a task's sets, on a grid of (t, noise) that is the same for every model; labels to ask with."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from unlearn_gym.diffusion import Predictor, grid_loss
 from unlearn_gym.tasks.data import TaskData, to_model_range
+from unlearn_gym.tasks.registry import Task
 
 
 def probe_grid(
@@ -42,3 +43,19 @@ def set_losses(model: nn.Module, data: TaskData, alphas_cumprod: Tensor, **optio
         "forget_loss": probe_grid(model, data.forget, data.forget_labels, alphas_cumprod, **options).mean().item(),
         "retain_loss": probe_grid(model, data.heldout, data.heldout_labels, alphas_cumprod, **options).mean().item(),
     }
+
+
+def learned_labels(task: Task, data: TaskData, n: int) -> Tensor | None:
+    """The labels under which the forget data was learned, equally often ``(n,)``; None for an unconditional model.
+
+    Those of the task, or where it names none those of the data.
+    """
+    if data.forget_labels is None:
+        return None
+    labels = torch.tensor(task.probe_labels) if task.probe_labels else data.forget_labels.unique().cpu()
+    return equally(labels, n)
+
+
+def equally(labels: Tensor, n: int) -> Tensor:
+    """``n`` labels, each of ``labels`` equally often."""
+    return labels.repeat(n // len(labels) + 1)[:n]

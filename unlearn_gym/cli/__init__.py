@@ -1,0 +1,49 @@
+"""``unlearn-gym``: the command line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import tyro
+
+from unlearn_gym.cli import assets, evidence
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "compare": evidence.compare,
+    "report": evidence.report,
+    "experiment": evidence.experiment,
+    "evaluate": evidence.evaluate,
+    "metrics": evidence.metrics,
+    "bench": evidence.bench,
+    "pretrain": assets.pretrain,
+    "train-classifier": assets.train_classifier,
+    "build-data": assets.build_data,
+    "calibrate": assets.calibrate,
+    "networks": assets.networks,
+}
+
+
+def main() -> None:
+    """Entry point: a known error becomes one line on stderr and exit status 2."""
+    from pydantic import ValidationError
+
+    from unlearn_gym.errors import UnlearnGymError
+    from unlearn_gym.settings import describe_validation_error
+
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="unlearn-gym")
+    except UnlearnGymError as error:
+        sys.exit(_fail(str(error)))
+    except ValidationError as error:
+        sys.exit(_fail(describe_validation_error(error)))
+    except OSError as error:
+        sys.exit(_fail(f"{error}; check the path and its permissions"))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted; the same command resumes", status=130))
+
+
+def _fail(message: str, status: int = 2) -> int:
+    print(f"unlearn-gym: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,103 @@
+"""Commands that made what ships: weights, data, constants, the choice of the network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from unlearn_gym.cli.arguments import DataRoot, Threads, invocation, required_root, set_threads, training_bar
+
+
+def pretrain(
+    task: str = "mnist-trousers",
+    retain_only: bool = False,
+    updates: int = 6000,
+    batch_size: int = 128,
+    seed: int = 0,
+    data_root: DataRoot = None,
+    download: bool = False,
+    out: Path | None = None,
+    threads: Threads = None,
+) -> None:
+    """Train a task's model on R ∪ F, or with --retain-only its oracle on R; resumes in the same --out."""
+    from unlearn_gym.pretraining import PretrainSettings
+    from unlearn_gym.pretraining import pretrain as train
+    from unlearn_gym.tasks import get_task, load_data
+
+    set_threads(threads)
+    chosen = get_task(task)
+    settings = PretrainSettings(updates=updates, batch_size=batch_size, seed=seed)
+    data = load_data(chosen, data_root, download=download)
+    name = "oracle" if retain_only else "pretrained"
+    folder = out or Path("runs/pretrain") / task
+    manifest = train(
+        chosen, data, settings, folder, retain_only=retain_only, command=invocation(),
+        progress=training_bar(f"{task} {name}"),
+    )  # fmt: skip
+    figures = ", ".join(f"{k} {v:.4f}" for k, v in manifest["figures"].items())
+    print(f"\n{folder / name}.safetensors: {figures}")
+
+
+def train_classifier(
+    data_root: DataRoot = None,
+    out: Path = Path("runs/classifier"),
+    updates: int = 2000,
+    seed: int = 0,
+    download: bool = False,
+    threads: Threads = None,
+) -> None:
+    """Train the digit-and-garment classifier that judges samples."""
+    from unlearn_gym.train_classifier import train_classifier as train
+
+    set_threads(threads)
+    manifest = train(
+        required_root(data_root), out, updates=updates, seed=seed, download=download,
+        command=invocation(), progress=training_bar("classifier"),
+    )  # fmt: skip
+    print()
+    for key, value in manifest["figures"].items():
+        print(f"{key:28s} {value:.4f}")
+
+
+def build_data(
+    task: Literal["mnist-trousers", "mnist-tshirt"] = "mnist-trousers",
+    data_root: DataRoot = None,
+    out: Path = Path("runs/data.npz"),
+    download: bool = False,
+) -> None:
+    """Choose the images that ship with a task from the full data sets (seeded)."""
+    from unlearn_gym.tasks.mnist import build_archive, build_tshirt
+
+    build = build_archive if task == "mnist-trousers" else build_tshirt
+    print(f"{out}: sha256 {build(out, required_root(data_root), download=download)}")
+
+
+def calibrate(
+    task: str = "mnist-trousers",
+    num_batches: int = 256,
+    data_root: DataRoot = None,
+    out: Path | None = None,
+    threads: Threads = None,
+) -> None:
+    """Measure the feature constants of a task; writes constants.json beside the task's weights."""
+    from unlearn_gym.calibration import calibrate as measure
+    from unlearn_gym.files import write_json
+    from unlearn_gym.tasks import get_task, load_data
+
+    set_threads(threads)
+    chosen = get_task(task)
+    constants = measure(chosen, load_data(chosen, data_root), num_batches=num_batches, command=invocation())
+    path = (out or chosen.assets) / "constants.json"
+    write_json(path, constants.model_dump())
+    print(f"{path}: {constants.model_dump_json()}")
+
+
+def networks(data_root: DataRoot = None, out: Path = Path("runs/networks"), threads: Threads = None) -> None:
+    """Train a few candidate networks briefly and print sample quality against step cost; resumes."""
+    from unlearn_gym.network_table import network_table
+    from unlearn_gym.tasks import get_task, load_data
+
+    set_threads(threads)
+    data = load_data(get_task("mnist-trousers"), data_root)
+    path = network_table(data, out, command=invocation())
+    print(path.read_text())

@@ -1,0 +1,226 @@
+"""Commands that measure and compare."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from unlearn_gym.cli.arguments import DataRoot, Threads, cell_bar, invocation, set_threads
+
+if TYPE_CHECKING:
+    from unlearn_gym.evaluation.judge import EvaluationSettings
+    from unlearn_gym.evaluation.results import Results
+
+ForgetSamples = Annotated[int, tyro.conf.arg(help="samples of the forget data's labels")]
+QualitySamples = Annotated[int, tyro.conf.arg(help="samples for KID, FID and the other quality metrics")]
+LikelihoodSamples = Annotated[int, tyro.conf.arg(help="samples of each set for likelihoods, a second each")]
+InceptionWeights = Annotated[Path | None, tyro.conf.arg(help="torch-fidelity's Inception weights")]
+
+
+def compare(
+    task: str = "mnist-trousers",
+    policies: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(help="names as in the README; default: all that ship"),
+    ] = (),
+    seeds: Annotated[int, tyro.conf.arg(help="runs of every policy")] = 3,
+    first_seed: Annotated[int, tyro.conf.arg(help="seeds are FIRST_SEED, FIRST_SEED + 1, …")] = 0,
+    jobs: Annotated[int, tyro.conf.arg(help="processes; the cores are shared among them")] = 1,
+    out: Annotated[Path, tyro.conf.arg(help="folder of the results; the same folder resumes")] = Path("runs/compare"),
+    forget_samples: ForgetSamples = 1000,
+    quality_samples: QualitySamples = 1000,
+    likelihood_samples: LikelihoodSamples = 0,
+    inception_weights: InceptionWeights = None,
+    option: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(help="a run setting, e.g. horizon=100; repeatable")
+    ] = (),
+    data_root: DataRoot = None,
+    download: bool = False,
+) -> None:
+    """Run every policy on the same seeds and batches, evaluate the final models, write a report; resumes."""
+    from unlearn_gym.evaluation.comparison import Comparison, default_policies, run_comparison
+    from unlearn_gym.evaluation.report import write_report
+    from unlearn_gym.tasks import get_task, load_data, resolve_data_root
+
+    root = resolve_data_root(data_root)
+    load_data(get_task(task), root, download=download)
+    comparison = Comparison(
+        task=task,
+        policies=policies or default_policies(task),
+        seeds=tuple(range(first_seed, first_seed + seeds)),
+        options=_parse_options(option),
+        evaluation=_evaluation(forget_samples, quality_samples, likelihood_samples, inception_weights),
+        data_root=None if root is None else str(root.resolve()),
+    )
+    results = run_comparison(comparison, out, jobs=jobs, command=invocation(), progress=cell_bar())
+    path = write_report(results, out)
+    _print_tables(results)
+    print(f"report: {path}\npictures: {out}/*.png\nraw values: {out}/results.json\ncurves: tensorboard --logdir {out}")
+
+
+def report(
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    out: Annotated[Path | None, tyro.conf.arg(help="default: the one folder; needed for several")] = None,
+) -> None:
+    """Write tables and pictures again from results.json; several folders of one task are merged."""
+    from unlearn_gym.errors import ResultsError
+    from unlearn_gym.evaluation.report import write_report
+    from unlearn_gym.evaluation.results import load_results, merge_results
+    from unlearn_gym.files import write_json
+
+    if not folders:
+        raise ResultsError("name at least one folder with a results.json")
+    if len(folders) > 1 and (out is None or out.resolve() in [folder.resolve() for folder in folders]):
+        raise ResultsError(f"merging {len(folders)} folders needs --out, another folder for what comes of it")
+    results = load_results(folders[0])
+    if len(folders) > 1:
+        results = merge_results([load_results(folder) for folder in folders], [str(folder) for folder in folders])
+    target = out or folders[0]
+    path = write_report(results, target)
+    if target != folders[0]:
+        write_json(target / "results.json", results.raw, indent=None)
+    print(path)
+    _print_tables(results)
+
+
+def experiment(
+    name: Annotated[str, tyro.conf.Positional],
+    quick: Annotated[bool, tyro.conf.arg(help="the small size, in minutes")] = False,
+    jobs: Annotated[int, tyro.conf.arg(help="processes; the cores are shared among them")] = 1,
+    out: Annotated[
+        Path | None, tyro.conf.arg(help="default: runs/experiments/NAME (runs/quick/NAME); the same folder resumes")
+    ] = None,
+    data_root: DataRoot = None,
+) -> None:
+    """Run an experiment of configs/experiments (or a .yaml file) and write its tables and pictures; resumes."""
+    from unlearn_gym.evaluation.experiment import run_experiment
+    from unlearn_gym.tasks import resolve_data_root
+
+    root = resolve_data_root(data_root)
+    folder = out or Path("runs") / ("quick" if quick else "experiments") / Path(name).stem
+    page = run_experiment(
+        name, folder, quick=quick, jobs=jobs, command=invocation(), progress=cell_bar,
+        data_root=None if root is None else str(root.resolve()),
+    )  # fmt: skip
+    print(page.read_text(), page, sep="\n")
+
+
+def evaluate(
+    weights: Annotated[str, tyro.conf.Positional],
+    task: str = "mnist-trousers",
+    forget_samples: ForgetSamples = 1000,
+    quality_samples: QualitySamples = 1000,
+    likelihood_samples: LikelihoodSamples = 0,
+    inception_weights: InceptionWeights = None,
+    out: Annotated[Path | None, tyro.conf.arg(help="a JSON file for the figures")] = None,
+    data_root: DataRoot = None,
+    threads: Threads = None,
+) -> None:
+    """Every metric of one model of a task: 'untouched', 'oracle', or a .safetensors file of its weights."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from unlearn_gym.evaluation.catalogue import METRICS
+    from unlearn_gym.evaluation.cell import final_model
+    from unlearn_gym.evaluation.metrics import Evaluator
+    from unlearn_gym.files import write_json
+    from unlearn_gym.tasks import get_task, load_data
+
+    set_threads(threads)
+    chosen = get_task(task)
+    settings = _evaluation(forget_samples, quality_samples, likelihood_samples, inception_weights)
+    settings.validate()
+    result = Evaluator(chosen, load_data(chosen, data_root), settings).evaluate(final_model(chosen, weights))
+    table = Table("metric", "value", "better", "what it is", title=f"{weights} of {task}")
+    for m in METRICS:
+        if m.name in result.metrics:
+            table.add_row(m.name, m.form(result.metrics[m.name]), m.better, m.meaning)
+    Console().print(table)
+    for name, reason in result.absent.items():
+        print(f"{name} not measured: {reason}")
+    if out is not None:
+        write_json(out, {"command": invocation(), "metrics": result.metrics, "absent": result.absent})
+
+
+def metrics() -> None:
+    """Print what every metric means, as in docs/metrics.md."""
+    from unlearn_gym.evaluation.catalogue import metrics_page
+
+    print(metrics_page(), end="")
+
+
+def _evaluation(forget: int, quality: int, likelihood: int, inception_weights: Path | None) -> EvaluationSettings:
+    from unlearn_gym.evaluation.judge import EvaluationSettings
+
+    weights = None if inception_weights is None else str(inception_weights.resolve())
+    return EvaluationSettings(forget, quality, num_likelihood_samples=likelihood, inception_weights=weights)
+
+
+def _parse_options(texts: tuple[str, ...]) -> dict[str, Any]:
+    """``name=value`` each, with the value as JSON where it is JSON."""
+    import json
+
+    from unlearn_gym.errors import SettingsError
+
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or name in options:
+            raise SettingsError(f"option {text!r} must be name=value, as in horizon=100, each name once")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
+
+
+def _print_tables(results: Results) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from unlearn_gym.evaluation.report import verdict
+    from unlearn_gym.evaluation.signatures import warnings
+    from unlearn_gym.evaluation.tables import terminal
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    header, rows = terminal(results, intervals=console.width >= 100)
+    table = Table(title=f"{results.task}: means over seeds", show_lines=console.width >= 100)
+    for title in header:
+        table.add_column(title, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for line in [*verdict(results), *(f"Warning: {line}" for line in warnings(results))]:
+        console.print(line.replace("**", ""), highlight=False)
+
+
+def bench(
+    task: str = "mnist-trousers",
+    quick: Annotated[bool, tyro.conf.arg(help="items 1 to 7 at small sizes, in under three minutes")] = False,
+    items: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(
+            help="default all: 1 overhead of a step, 2 against the published loop, 3 distance to the machine, 4 many "
+            "environments, 5 training overhead, 6 evaluation, 7 reset and memory, 8 growth, 9 what was tried"
+        ),
+    ] = (),
+    device: str = "cpu",
+    out: Path = Path("runs/bench"),
+) -> None:
+    """Measure what steps, many environments, training and evaluation cost; prints goals and verdicts, writes JSON."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from unlearn_gym.benchmark.figures import HEADER
+    from unlearn_gym.benchmark.suite import run_suite
+
+    figures = run_suite(task, out, items=items, device=device, quick=quick, command=invocation())
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    table = Table(*HEADER, title=f"{task} on {device}")
+    for figure in figures:
+        table.add_row(*figure.cells())
+    console.print(table)
+    print(f"raw values: {out}/bench.json\ntable: {out}/bench.md")
