@@ -46,6 +46,7 @@ class Quick(BaseModel):
 
     seeds: int = Field(2, ge=1)
     num_samples: int = Field(250, ge=200)
+    num_likelihood_samples: int = Field(0, ge=0)
     options: dict[str, Any] = {"horizon": 12}
     arms: tuple[str, ...] = ()
 
@@ -58,6 +59,7 @@ class Experiment(BaseModel):
     question: str
     seeds: int = Field(10, ge=1)
     num_samples: int = Field(500, ge=200, description="of either kind, for each model")
+    num_likelihood_samples: int = Field(0, ge=0, description="of the forget set and of held-out retain data, for each")
     arms: tuple[Arm, ...] = ()
     merge: tuple[str, ...] = ()
     quick: Quick = Quick()
@@ -75,7 +77,8 @@ class Experiment(BaseModel):
     def comparisons(self, data_root: str | None, *, quick: bool) -> dict[str, Comparison]:
         """The comparison of each arm, at the full or the quick size."""
         size: Experiment | Quick = self.quick if quick else self
-        evaluation = EvaluationSettings(size.num_samples, size.num_samples)
+        likelihoods = size.num_likelihood_samples
+        evaluation = EvaluationSettings(size.num_samples, size.num_samples, num_likelihood_samples=likelihoods)
         more = self.quick.options if quick else {}
         chosen = (self.quick.arms if quick else ()) or tuple(arm.name for arm in self.arms)
         return {
