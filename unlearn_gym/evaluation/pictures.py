@@ -37,8 +37,14 @@ def color(policy: str) -> Any:
     if policy.startswith("static:"):
         return colormaps["viridis"](min(max(float(policy.removeprefix("static:")), 0.0), 1.0))
     palette = colormaps["tab20"].colors  # type: ignore[attr-defined]
-    index = KNOWN.index(policy) if policy in KNOWN else zlib.crc32(policy.encode())
-    return palette[index % len(palette)]
+    if policy in KNOWN:
+        return palette[KNOWN.index(policy)]
+    digest = zlib.crc32(policy.encode())
+    family = [i for i, name in enumerate(KNOWN) if policy.startswith(f"{name}:")]
+    if not family:
+        return colormaps["hsv"](digest % 256)
+    shade = 0.25 + 0.5 * (digest % 97) / 97  # a variant: its family's colour, darker or lighter
+    return tuple(c * 2 * shade if shade < 0.5 else c + (1 - c) * (2 * shade - 1) for c in palette[family[0]])
 
 
 def save(figure: Figure, path: Path) -> Path:
