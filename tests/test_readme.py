@@ -37,7 +37,7 @@ def test_the_results_table_is_that_of_the_committed_results():
     from unlearn_gym.evaluation.results import load_results
     from unlearn_gym.evaluation.tables import markdown_table, summary
 
-    results = load_results(ROOT / "docs" / "experiments" / "estimators" / "mnist-trousers")
+    results = load_results(ROOT / "docs" / "experiments" / "rl-against-vi" / "mnist-trousers")
     assert markdown_table(*summary(results)) in README
     assert results.raw["command"] in README
 

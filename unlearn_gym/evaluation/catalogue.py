@@ -54,13 +54,14 @@ METRICS = (
         "the same of held-out retain data",
     ),
     Metric(
-        "score", "score", places(3), "higher", "≤ 1", "none", "design.md, section 3 (potential Φ)",
+        "score", "score", places(3), "higher", "≤ 1", "none", 'the Φ of `reward="potential"`',
         "share of the way from the untouched model's forget loss to the oracle's, less w times the "
         "relative rise of the retain loss (w: `potential_retain_coef`, 10): 0 for the untouched model",
     ),
     Metric(
         "feature_kid", "KID (features)", places(2), "lower", "about ≥ 0", FROM_QUALITY, "Bińkowski et al. (2018)",
-        "kernel distance of the task classifier's features to held-out retain data; not Inception's",
+        "kernel distance of the task classifier's features to held-out retain data; not Inception's. An unbiased "
+        "estimate on unnormalised features: of a few hundred samples it varies by a few units, below 0 too",
     ),
     Metric(
         "feature_fid", "FID (features)", places(2), "lower", "≥ 0", FROM_QUALITY, "Heusel et al. (2017)",

@@ -125,7 +125,11 @@ class Comparison:
         }  # fmt: skip
         keys = {}
         for policy in (*self.references(), *self.policies):
-            own = {**common, "source": [sha256(path) for path in policy_sources(policy, self.task)]}
+            sources = policy_sources(policy, self.task)
+            missing = [path for path in sources if not path.is_file()]
+            if missing:
+                raise PolicyError(f"policy {policy!r}: there is no {missing[0]}; correct the path or name")
+            own = {**common, "source": [sha256(path) for path in sources]}
             keys[policy] = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()[:16]
         return keys
 

@@ -19,7 +19,15 @@ from unlearn_gym.evaluation.report import hours, write_report
 from unlearn_gym.evaluation.results import Results, load_results, merge_results
 from unlearn_gym.evaluation.statistics import paired_difference
 from unlearn_gym.evaluation.store import CellStore
-from unlearn_gym.evaluation.tables import Table, adjusted_p_values, estimate_text, markdown_table
+from unlearn_gym.evaluation.tables import (
+    Table,
+    adjusted_p_values,
+    clearly_better,
+    compared,
+    estimate_text,
+    markdown_table,
+    p_text,
+)
 from unlearn_gym.settings import describe_validation_error
 
 EXPERIMENTS = Path("configs/experiments")
@@ -176,7 +184,10 @@ def experiment_page(name: str, question: str, arms: dict[str, Results]) -> str:
     lines = [f"# Experiment {name}", question, markdown_table(*across(arms))]
     lines.append(
         "Means over seeds with 95 % intervals; the last two columns: the paired difference of the score to the arm's "
-        "best static λ by hindsight, and its p-value (Wilcoxon's signed-rank test, Holm-corrected within the arm)."
+        "best static λ by hindsight, and its p-value: Wilcoxon's signed-rank test, Holm-corrected within the arm among "
+        "the static λ and, apart from these, among all others but fine-tuning. Fewer than five seeds give no p-value, "
+        f"n seeds none below 2^(1-n): {len(first.seeds)} seeds can call one of at most "
+        f"{int(0.05 * 2 ** (len(first.seeds) - 1))} comparisons clear, and only if all of them agree."
     )
     lines.append("\n".join(f"- [{arm}]({arm}/report.md): {_arm_line(results)}" for arm, results in arms.items()))
     total = sum(hours(results) for results in arms.values())
@@ -186,7 +197,9 @@ def experiment_page(name: str, question: str, arms: dict[str, Results]) -> str:
 
 def _arm_line(results: Results) -> str:
     options = ", ".join(f"{k} = {v}" for k, v in results.raw["comparison"]["options"].items())
-    return f"`{results.task}`, {options or 'its own settings'}, {len(results.seeds)} seeds"
+    better = ", ".join(clearly_better(results)) or "no policy"
+    verdict = f"; clearly better than the best static λ: {better}" if results.cap is not None else ""
+    return f"`{results.task}`, {options or 'its own settings'}, {len(results.seeds)} seeds{verdict}"
 
 
 def across(arms: dict[str, Results]) -> Table:
@@ -196,14 +209,15 @@ def across(arms: dict[str, Results]) -> Table:
     for arm, results in arms.items():
         best = results.best_static
         scored = best is not None and bool(results.values(best, "score"))
-        p_values = adjusted_p_values(results, best, "score") if best is not None and scored else {}
+        p_values = {}
+        if best is not None and scored:
+            p_values = adjusted_p_values(results, compared(results, best), "score", results.values(best, "score"))
         for policy in results.policies:
             row = [arm, policy, *(estimate_text(results.estimate(policy, m.name), m.form) for m in metrics)]
             if policy in REFERENCES or best is None or not scored or policy == best:
                 row += ["best static" if policy == best and scored else "–", "–"]
             else:
                 difference = paired_difference(results.values(policy, "score"), results.values(best, "score"))
-                p_value = p_values.get(policy)
-                row += [estimate_text(difference, BY_NAME["score"].form), "–" if p_value is None else f"{p_value:.3f}"]
+                row += [estimate_text(difference, BY_NAME["score"].form), p_text(p_values.get(policy))]
             rows.append(row)
     return ["arm", "policy", *(m.title for m in metrics), "score − best static", "p (Holm)"], rows

@@ -40,10 +40,11 @@ class EvaluationSettings:
     def validate(self) -> None:
         """Raise :class:`ResultsError` for sizes from which a metric cannot be computed."""
         if self.num_forget_samples < 1:
-            raise ResultsError(f"num_forget_samples={self.num_forget_samples} must be at least 1")
+            raise ResultsError(f"num_forget_samples={self.num_forget_samples} (--forget-samples) must be at least 1")
         if self.num_quality_samples < KID_SUBSET_SIZE:
             raise ResultsError(
-                f"num_quality_samples={self.num_quality_samples} is too few for KID; take at least {KID_SUBSET_SIZE}"
+                f"num_quality_samples={self.num_quality_samples} (--quality-samples) is too few for KID; "
+                f"take at least {KID_SUBSET_SIZE}"
             )
         if self.num_likelihood_samples < 0:
             raise ResultsError(f"num_likelihood_samples={self.num_likelihood_samples} must be at least 0")

@@ -170,9 +170,8 @@ class Evaluator:
             )  # fmt: skip
             figures.add("optimum_error", error.mean().item())
         if self.oracle is None:
-            figures.absent |= dict.fromkeys(
-                ("oracle_error", "oracle_fid", "oracle_kid"), "the task has no retrained oracle"
-            )
+            reason = f"no retrained oracle; {self.task.oracle_remedy}"
+            figures.absent |= dict.fromkeys(("oracle_error", "oracle_fid", "oracle_kid"), reason)
             return
         sets = ((data.forget, data.forget_labels), (data.heldout, data.heldout_labels))
         oracle = self.oracle.to(next(model.parameters()).device)
@@ -188,7 +187,7 @@ class Evaluator:
             ):  # fmt: skip
                 key = f"nll_{method}_{name}"
                 if n == 0:
-                    figures.absent[key] = "not asked for; give num_likelihood_samples"
+                    figures.absent[key] = "not asked for; give num_likelihood_samples (--likelihood-samples)"
                     continue
                 with figures.trying(key):
                     bits = compute(

@@ -130,7 +130,8 @@ def draw_profile(results: Results, path: Path) -> Path:
         mean = np.mean(profiles[policy], axis=0) / start
         panel.plot(timesteps, mean, style, color=color(policy), marker=".", label=policy)
     panel.set(xlabel="timestep t", ylabel="forget loss / untouched model's", yscale="log")
-    panel.set_title(f"{results.task}: forget loss over timesteps, from the most to the least forgetful", fontsize=9)
+    shown_of = f", {MAX_LINES} of {len(results.ranked)} policies" if len(results.ranked) > MAX_LINES else ""
+    panel.set_title(f"{results.task}: forget loss over timesteps, most forgetful first{shown_of}", fontsize=9)
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
     bare(panel)
     return save(figure, path)
@@ -200,6 +201,7 @@ def draw_sample_grids(results: Results, policy: str, path: Path) -> Path:
             draw_samples(panels[1, column], quality, columns=10)
     title = "samples from the same noise; in the middle the policy that forgot most"
     if images:
-        title += f"; top: first the {len(hits)} that the untouched model turns into forget data; bottom: to retain"
+        first = f"first the {len(hits)} that the untouched model turns into forget data" if hits else "forget labels"
+        title += f"; top: {first}; bottom: to retain"
     figure.suptitle(title, fontsize=9)
     return save(figure, path)

@@ -49,7 +49,10 @@ def write_report(results: Results, out: Path) -> Path:
 BEST_STATIC = (
     "The best static λ is that of the highest mean score over these very seeds, so it is chosen with hindsight. IQM is "
     "the mean of the middle half. P is over all pairs of seeds (Agarwal et al., 2021); p-values are of Wilcoxon's "
-    "signed-rank test on the paired scores, Holm-corrected for the number of policies in the table."
+    "signed-rank test on the paired scores, Holm-corrected among the static λ and, apart from these, among all others "
+    "but fine-tuning. The last columns compare without hindsight: with the static λ that is best on the other seeds. "
+    "n seeds give no p-value below 2^(1-n), so a comparison that is not clear shows no difference and no equality "
+    "either: read the interval."
 )
 EXCHANGE = (
     "The score takes w times the relative rise of the retain loss from the share forgotten. Clearly better: p < 0.05, "
@@ -57,13 +60,14 @@ EXCHANGE = (
     "interval is not corrected."
 )
 PAIRED = (
-    "On the same seeds and batches. A star: p < 0.05, Holm-corrected over the policies of its column. Without an "
+    "On the same seeds and batches. A star: p < 0.05, Holm-corrected as above, in its column. Without an "
     "oracle there are no scores, and the differences are to static:0.5 or the first static λ."
 )
 MATCHED = (
     "Each run's forget and retain loss are measured along it on a fixed probe. Where a run first reaches a forget "
     "loss (at a quarter, half and three quarters of the geometric way from the untouched model to the oracle), how "
-    "much has its retain loss risen? Compared with the static λ that does best there, over seeds on which both arrive; "
+    "much has its retain loss risen? Compared with the static λ that does best there, of those that always "
+    "arrive, over seeds on which both do; means are of the runs that arrive, and "
     "runs that diverged later count as far as they came."
 )
 EFFORT = (
@@ -117,7 +121,11 @@ def verdict(results: Results) -> list[str]:
     most = most_forgetful(results)
     cheapest = min(ranked, key=lambda p: results.estimate(p, "retain_loss").mean)
     lines = [f"Untouched model: {figures(UNTOUCHED)}."]
-    lines.append(f"Retrained oracle: {figures(ORACLE)}." if results.cap is not None else "No retrained oracle.")
+    lines.append(
+        f"Retrained oracle: {figures(ORACLE)}."
+        if results.cap is not None
+        else f"No retrained oracle: no score (for one: 'unlearn-gym pretrain --task {results.task} --retain-only')."
+    )
     lines.append(f"Forgot most (lowest forget rate, then highest forget loss): **{most}**: {figures(most)}.")
     if results.cap is not None:
         cap = results.cap
@@ -128,12 +136,20 @@ def verdict(results: Results) -> list[str]:
         form = BY_NAME["score"].form
         best = max(ranked, key=lambda p: results.estimate(p, "score").mean)
         lines.append(f"Highest score: **{best}**: {estimate_text(results.estimate(best, 'score'), form)}.")
+        if any(not p.startswith("static:") for p in ranked):
+            better = ", ".join(f"**{p}**" for p in tables.clearly_better(results)) or "no other policy"
+            lines.append(f"Clearly better than the best static λ by hindsight, {results.best_static}: {better}.")
+        for baseline in (UNTOUCHED, FINETUNE):
+            mean = results.estimate(baseline, "score").mean
+            if mean > results.estimate(best, "score").mean:
+                lines.append(f"Not ranked, and better than all by this score: {baseline} ({form(mean)}).")
     seeds = {p: set(results.values(p, "retain_loss")) for p in ranked}
     fewest = min(len(s) for s in seeds.values())
     if len({frozenset(s) for s in seeds.values()}) > 1:
         lines.append("Policies ran on different seeds: compare them in the paired columns, not by their means.")
     if fewest < MIN_SEEDS:
-        lines.append(f"Intervals over {fewest} seed(s) are far too narrow; take {MIN_SEEDS} or more.")
+        kind = "no intervals" if fewest == 1 else "intervals that are far too narrow"
+        lines.append(f"{fewest} seed(s) give {kind}; take {MIN_SEEDS} or more.")
     if results.diverged:
         lines.append(f"Diverged in at least one run, and not ranked: {', '.join(sorted(results.diverged))}.")
     return lines

@@ -126,6 +126,16 @@ class Results:
             return "static:0.5" if "static:0.5" in static else static[0]
         return max(static, key=lambda p: self.estimate(p, "score").mean, default=None)
 
+    @cached_property
+    def fair_static(self) -> dict[int, float]:
+        """``{seed: score}`` of the static λ that is best on the *other* seeds: chosen without hindsight."""
+        scores = {p: self.values(p, "score") for p in self.ranked if p.startswith("static:")}
+        common = set.intersection(*(set(s) for s in scores.values())) if scores else set()
+        if len(common) < 2:
+            return {}
+        means = {p: {s: np.mean([v[o] for o in common if o != s]) for s in common} for p, v in scores.items()}
+        return {s: scores[max(scores, key=lambda p: means[p][s])][s] for s in common}
+
     def traces(self, policy: str, name: str) -> NDArray[np.float64]:
         """A traced term over the updates, ``(runs, updates)``; NaN where a run had ended."""
         traces = [cell["trace"][name] for cell in self.of(policy) if "trace" in cell]

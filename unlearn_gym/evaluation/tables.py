@@ -29,6 +29,12 @@ CLEAR = 0.05
 RETAIN_COEFS = (1.0, 3.0, 10.0, 30.0)
 """Exchange rates w of :func:`exchange_rates`: what a relative rise of the retain loss costs in shares forgotten."""
 NOTHING = "–"
+FAMILIES: tuple[Callable[[str], bool], ...] = (
+    lambda p: p.startswith("static:"),
+    lambda p: p == FINETUNE,
+    lambda p: p != FINETUNE and not p.startswith("static:"),
+)
+"""Policies whose comparisons are corrected together."""
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
@@ -94,16 +100,40 @@ def terminal(results: Results, *, intervals: bool) -> Table:
     return ["policy", *(m.title for m in shown)], rows
 
 
+def p_text(value: float | None) -> str:
+    """A p-value, where there is one."""
+    return NOTHING if value is None else f"{value:.3f}"
+
+
+def clearly_better(results: Results) -> list[str]:
+    """Policies other than static λ and fine-tuning whose score is clearly above the best static λ's by hindsight."""
+    baseline = results.best_static
+    if baseline is None:
+        return []
+    ours = results.values(baseline, "score")
+    p_values = adjusted_p_values(results, compared(results, baseline), "score", ours)
+    return [
+        p for p, value in p_values.items()
+        if FAMILIES[2](p) and value < CLEAR and paired_difference(results.values(p, "score"), ours).mean > 0
+    ]  # fmt: skip
+
+
 def compared(results: Results, baseline: str | None) -> list[str]:
     """The policies that are compared with ``baseline``."""
     return [p for p in results.policies if p not in (*REFERENCES, baseline)]
 
 
-def adjusted_p_values(results: Results, baseline: str, metric: str) -> dict[str, float]:
-    """Holm-corrected p-values of the paired differences to ``baseline``, over all policies that have one."""
-    ours = {p: paired_p_value(results.values(p, metric), results.values(baseline, metric)) for p in results.policies}
-    family = compared(results, baseline)
-    return holm({p: value for p, value in ours.items() if p in family and value is not None})
+def adjusted_p_values(
+    results: Results, policies: list[str], metric: str, baseline: dict[int, float]
+) -> dict[str, float]:
+    """P-values of the paired differences to ``baseline``, Holm-corrected within each family: the static λ, which ask
+    for the best of them; plain fine-tuning; and all others, which ask whether adapting λ helps.
+    """
+    adjusted: dict[str, float] = {}
+    for family in FAMILIES:
+        raw = {p: paired_p_value(results.values(p, metric), baseline) for p in policies if family(p)}
+        adjusted |= holm({p: value for p, value in raw.items() if value is not None})
+    return adjusted
 
 
 def against_best_static(results: Results) -> Table:
@@ -111,23 +141,26 @@ def against_best_static(results: Results) -> Table:
     baseline = results.best_static
     if baseline is None or not results.values(baseline, "score"):
         return [], []
-    form, ours = BY_NAME["score"].form, results.values(baseline, "score")
-    p_values, rows = adjusted_p_values(results, baseline, "score"), []
+    form, ours, fair = BY_NAME["score"].form, results.values(baseline, "score"), results.fair_static
+    family, rows = compared(results, baseline), []
+    p_values, fair_p_values = (adjusted_p_values(results, family, "score", scores) for scores in (ours, fair))
     for policy in (p for p in results.policies if p not in REFERENCES):
         values = results.values(policy, "score")
         row = [policy, *(estimate_text(e(list(values.values())), form) for e in (bootstrap_mean, bootstrap_iqm))]
         if policy == baseline:
-            row += ["best static", NOTHING, NOTHING]
+            row += ["best static", NOTHING, NOTHING, NOTHING, NOTHING]
         else:
             improvement = probability_of_improvement(values, ours, higher_is_better=True)
-            p_value = p_values.get(policy)
             row += [
                 estimate_text(paired_difference(values, ours), form),
                 estimate_text(improvement, BY_NAME["precision"].form),
-                NOTHING if p_value is None else f"{p_value:.3f}",
+                p_text(p_values.get(policy)),
+                estimate_text(paired_difference(values, fair), form),
+                p_text(fair_p_values.get(policy)),
             ]
         rows.append(row)
-    return ["policy", "score", "IQM", f"score − {baseline}", f"P(better than {baseline})", "p (Holm)"], rows
+    header = ["policy", "score", "IQM", f"score − {baseline}", f"P(better than {baseline})", "p (Holm)"]
+    return [*header, "score − static λ of the other seeds", "p (Holm)"], rows
 
 
 def exchange_rates(results: Results) -> Table:
@@ -135,7 +168,7 @@ def exchange_rates(results: Results) -> Table:
     policies against it.
     """
     static = [p for p in results.ranked if p.startswith("static:")]
-    others, rows, form = [p for p in results.ranked if p not in static], [], BY_NAME["score"].form
+    others, rows, form = [p for p in results.ranked if FAMILIES[2](p)], [], BY_NAME["score"].form
     if not static or not others or not results.scores(static[0], 1.0):
         return [], []
     for w in RETAIN_COEFS:
@@ -160,9 +193,9 @@ def paired(results: Results) -> Table:
     if baseline is None:
         return [], []
     metrics = [m for m in present(results, PAIRED) if results.values(baseline, m.name)]
-    p_values = {m.name: adjusted_p_values(results, baseline, m.name) for m in metrics}
-    rows = []
-    for policy in compared(results, baseline):
+    family, rows = compared(results, baseline), []
+    p_values = {m.name: adjusted_p_values(results, family, m.name, results.values(baseline, m.name)) for m in metrics}
+    for policy in family:
         row = [policy]
         for m in metrics:
             difference = paired_difference(results.values(policy, m.name), results.values(baseline, m.name))
@@ -204,8 +237,10 @@ def matched(results: Results) -> Table:
         baseline = best_static_at(results, level)
         rises = {row[0]: retain_rises(results, row[0], level) for row in rows}
         against = rises.get(baseline or "", {})
-        raw = {p: paired_p_value(r, against) for p, r in rises.items() if p != baseline}
-        p_values = holm({p: value for p, value in raw.items() if value is not None})
+        p_values: dict[str, float] = {}
+        for family in FAMILIES:
+            raw = {p: paired_p_value(r, against) for p, r in rises.items() if p != baseline and family(p)}
+            p_values |= holm({p: value for p, value in raw.items() if value is not None})
         header += [f"reach {level:.4f}", "retain rise", f"− {baseline}" if baseline else "–"]
         for row in rows:
             ours = rises[row[0]]

@@ -83,7 +83,7 @@ class Task:
     def oracle_model(self) -> nn.Module:
         """The same network trained on R alone; raises :class:`TaskError` when there is none."""
         if not self.oracle_path.is_file():
-            raise TaskError(f"task {self.name!r} has no retrained oracle; {self._remedy('--retain-only')}")
+            raise TaskError(f"task {self.name!r} has no retrained oracle; {self.oracle_remedy}")
         return self._load(self.oracle_path)
 
     @property
@@ -96,8 +96,10 @@ class Task:
         """The file of the retrained oracle's weights; tasks of a family may lack it."""
         return self.assets / "oracle.safetensors"
 
-    def _remedy(self, option: str) -> str:
-        return f"train it with 'unlearn-gym pretrain --task {self.name} {option} --out {self.assets}'"
+    @property
+    def oracle_remedy(self) -> str:
+        """How to get an oracle, in words."""
+        return f"train it with 'unlearn-gym pretrain --task {self.name} --retain-only --out {self.assets}'"
 
     def _load(self, path: Path) -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn only to be replaced
@@ -124,7 +126,7 @@ class Task:
         if loss is None:
             raise TaskError(
                 f"task {self.name!r} has no oracle, so what a model that never saw the data would lose is unknown; "
-                f"give potential_cap, or {self._remedy('--retain-only')} and calibrate"
+                f"give potential_cap, or {self.oracle_remedy} and calibrate"
             )
         return loss
 
