@@ -15,7 +15,7 @@ from unlearn_gym.evaluation.catalogue import BY_NAME
 from unlearn_gym.evaluation.cell import REFERENCES
 from unlearn_gym.evaluation.comparison import Comparison, finished_cells, run_comparison
 from unlearn_gym.evaluation.judge import EvaluationSettings
-from unlearn_gym.evaluation.report import hours, write_report
+from unlearn_gym.evaluation.report import MERITS, hours, reward_correlations, write_report
 from unlearn_gym.evaluation.results import Results, load_results, merge_results
 from unlearn_gym.evaluation.statistics import paired_difference
 from unlearn_gym.evaluation.store import CellStore
@@ -189,10 +189,21 @@ def experiment_page(name: str, question: str, arms: dict[str, Results]) -> str:
         f"n seeds none below 2^(1-n): {len(first.seeds)} seeds can call one of at most "
         f"{int(0.05 * 2 ** (len(first.seeds) - 1))} comparisons clear, and only if all of them agree."
     )
+    lines += ["## The return against what is wanted", markdown_table(*rewards(arms))]
+    lines.append("Spearman's rank correlation over all SISS runs of an arm; intervals resample seeds.")
     lines.append("\n".join(f"- [{arm}]({arm}/report.md): {_arm_line(results)}" for arm, results in arms.items()))
     total = sum(hours(results) for results in arms.values())
     lines.append(f"Made by `{first.raw['command']}` with {versions}; {total:.2f} core hours.")
     return "\n\n".join(lines) + "\n"
+
+
+def rewards(arms: dict[str, Results]) -> Table:
+    """How the return of an arm's runs goes with each figure of merit."""
+    rows = []
+    for arm, results in arms.items():
+        found = reward_correlations(results)
+        rows.append([arm, *(found.get(name, "–") for name in MERITS)])
+    return ["arm", *(f"return and {BY_NAME[name].title}" for name in MERITS)], rows
 
 
 def _arm_line(results: Results) -> str:

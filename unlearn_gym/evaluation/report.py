@@ -155,15 +155,26 @@ def verdict(results: Results) -> list[str]:
     return lines
 
 
-def reward_lines(results: Results) -> list[str]:
-    """Spearman correlation over all SISS runs of the literal return with each figure of merit."""
-    lines = []
-    for name in ("score", "forget_loss", "retain_loss", "feature_kid"):
+MERITS = ("score", "forget_loss", "retain_loss", "feature_kid")
+
+
+def reward_correlations(results: Results) -> dict[str, str]:
+    """Spearman correlation over all SISS runs of the return with each figure of merit, as text; those that exist."""
+    found = {}
+    for name in MERITS:
         xs, ys, seeds = pictures.returns_and(results, name)
-        found = spearman(xs, ys, groups=seeds)
-        if found is not None:
-            rho = pictures.correlation_text(results, found)
-            lines.append(f"Return and {BY_NAME[name].title}: Spearman {rho} over {len(xs)} runs, seeds resampled.")
+        rho = spearman(xs, ys, groups=seeds)
+        if rho is not None:
+            found[name] = f"{pictures.correlation_text(results, rho)} over {len(xs)} runs"
+    return found
+
+
+def reward_lines(results: Results) -> list[str]:
+    """:func:`reward_correlations` in sentences."""
+    lines = [
+        f"Return and {BY_NAME[name].title}: Spearman {text}, seeds resampled."
+        for name, text in reward_correlations(results).items()
+    ]
     return lines or ["Too few runs to say."]
 
 
