@@ -65,8 +65,10 @@ def test_a_merging_experiment_brings_runs_of_equal_settings_together(folder):
     for name in ("one", "two"):
         run(name)
     page = run("both").read_text()
-    rows = [line.split("|")[2].strip() for line in page.splitlines() if line.startswith("| gaussians-2d-horizon-3 |")]
+    first, second = page.split("## The return against what is wanted")
+    rows = [line.split("|")[2].strip() for line in first.splitlines() if line.startswith("| gaussians-2d-horizon-3 |")]
     assert rows == ["untouched", "oracle", "static:0.3", "prior", "random"]
+    assert "| gaussians-2d-horizon-3 | " in second
     assert "gaussians-2d-horizon-4" in page
     assert Path("out/both/gaussians-2d-horizon-3/returns.png").is_file()
 
