@@ -94,7 +94,7 @@ def make_mnist_digits(digits: tuple[int, ...], name: str) -> Task:
         network=MNIST_NETWORK.model_copy(update={"num_classes": 10}),
         load_data=Of(_load_mnist_digits, digits),
         **_member_folders("mnist-digits", digits, name),
-        settings=RunSettings(learning_rate=3e-5),
+        settings=RunSettings(learning_rate=7e-5),
         classify=classify,
         forget_classes=digits,
         probe_labels=digits,
