@@ -103,8 +103,6 @@ def _pictures(result: Evaluation) -> dict[str, Any]:
     forget, quality, is_forget = result.forget_samples, result.quality_samples, result.is_forget
     if forget is None or quality is None or is_forget is None:
         return {}
-    if not (torch.isfinite(forget).all() and torch.isfinite(quality).all()):
-        return {}
     num_forget, num_quality = IMAGES_KEPT if forget.dim() == 4 else (POINTS_KEPT, POINTS_KEPT)
     return {
         "forget": pack_samples(forget[:num_forget]),

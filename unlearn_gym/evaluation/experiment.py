@@ -222,7 +222,7 @@ def across(arms: dict[str, Results]) -> Table:
         scored = best is not None and bool(results.values(best, "score"))
         p_values = {}
         if best is not None and scored:
-            p_values = adjusted_p_values(results, compared(results, best), "score", results.values(best, "score"))
+            p_values = adjusted_p_values(compared(results, best, "score"), results.values(best, "score"))
         for policy in results.policies:
             row = [arm, policy, *(estimate_text(results.estimate(policy, m.name), m.form) for m in metrics)]
             if policy in REFERENCES or best is None or not scored or policy == best:

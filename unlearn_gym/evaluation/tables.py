@@ -111,27 +111,26 @@ def clearly_better(results: Results) -> list[str]:
     if baseline is None:
         return []
     ours = results.values(baseline, "score")
-    p_values = adjusted_p_values(results, compared(results, baseline), "score", ours)
+    p_values = adjusted_p_values(compared(results, baseline, "score"), ours)
     return [
         p for p, value in p_values.items()
         if FAMILIES[2](p) and value < CLEAR and paired_difference(results.values(p, "score"), ours).mean > 0
     ]  # fmt: skip
 
 
-def compared(results: Results, baseline: str | None) -> list[str]:
-    """The policies that are compared with ``baseline``."""
-    return [p for p in results.policies if p not in (*REFERENCES, baseline)]
+def compared(results: Results, baseline: str | None, metric: str) -> dict[str, dict[int, float]]:
+    """``{policy: {seed: value}}`` of the policies that are compared with ``baseline``."""
+    return {p: results.values(p, metric) for p in results.policies if p not in (*REFERENCES, baseline)}
 
 
-def adjusted_p_values(
-    results: Results, policies: list[str], metric: str, baseline: dict[int, float]
-) -> dict[str, float]:
-    """P-values of the paired differences to ``baseline``, Holm-corrected within each family: the static λ, which ask
-    for the best of them; plain fine-tuning; and all others, which ask whether adapting λ helps.
+def adjusted_p_values(values: dict[str, dict[int, float]], baseline: dict[int, float]) -> dict[str, float]:
+    """P-values of each policy's paired differences, ``{seed: value}``, to ``baseline``, Holm-corrected within each
+    family: the static λ, which ask for the best of them; plain fine-tuning; and all others, which ask whether adapting
+    λ helps.
     """
     adjusted: dict[str, float] = {}
     for family in FAMILIES:
-        raw = {p: paired_p_value(results.values(p, metric), baseline) for p in policies if family(p)}
+        raw = {p: paired_p_value(ours, baseline) for p, ours in values.items() if family(p)}
         adjusted |= holm({p: value for p, value in raw.items() if value is not None})
     return adjusted
 
@@ -142,8 +141,8 @@ def against_best_static(results: Results) -> Table:
     if baseline is None or not results.values(baseline, "score"):
         return [], []
     form, ours, fair = BY_NAME["score"].form, results.values(baseline, "score"), results.fair_static
-    family, rows = compared(results, baseline), []
-    p_values, fair_p_values = (adjusted_p_values(results, family, "score", scores) for scores in (ours, fair))
+    others, rows = compared(results, baseline, "score"), []
+    p_values, fair_p_values = (adjusted_p_values(others, scores) for scores in (ours, fair))
     for policy in (p for p in results.policies if p not in REFERENCES):
         values = results.values(policy, "score")
         row = [policy, *(estimate_text(e(list(values.values())), form) for e in (bootstrap_mean, bootstrap_iqm))]
@@ -175,8 +174,7 @@ def exchange_rates(results: Results) -> Table:
         scores = {p: results.scores(p, w) for p in results.ranked}
         means = {p: float(np.mean(list(values.values()))) for p, values in scores.items()}
         baseline, best = (max(family, key=lambda p: means[p]) for family in (static, others))
-        raw = {p: paired_p_value(scores[p], scores[baseline]) for p in others}
-        p_values = holm({p: value for p, value in raw.items() if value is not None})
+        p_values = adjusted_p_values({p: scores[p] for p in others}, scores[baseline])
         better = [p for p in others if p_values.get(p, 1.0) < CLEAR and means[p] > means[baseline]]
         rows.append(
             [
@@ -193,12 +191,13 @@ def paired(results: Results) -> Table:
     if baseline is None:
         return [], []
     metrics = [m for m in present(results, PAIRED) if results.values(baseline, m.name)]
-    family, rows = compared(results, baseline), []
-    p_values = {m.name: adjusted_p_values(results, family, m.name, results.values(baseline, m.name)) for m in metrics}
-    for policy in family:
+    theirs = {m.name: results.values(baseline, m.name) for m in metrics}
+    ours = {m.name: compared(results, baseline, m.name) for m in metrics}
+    p_values, rows = {name: adjusted_p_values(ours[name], theirs[name]) for name in ours}, []
+    for policy in (p for p in results.policies if p not in (*REFERENCES, baseline)):
         row = [policy]
         for m in metrics:
-            difference = paired_difference(results.values(policy, m.name), results.values(baseline, m.name))
+            difference = paired_difference(ours[m.name][policy], theirs[m.name])
             star = " *" if p_values[m.name].get(policy, 1.0) < CLEAR else ""
             row.append(estimate_text(difference, m.form) + star)
         rows.append(row)
@@ -237,10 +236,7 @@ def matched(results: Results) -> Table:
         baseline = best_static_at(results, level)
         rises = {row[0]: retain_rises(results, row[0], level) for row in rows}
         against = rises.get(baseline or "", {})
-        p_values: dict[str, float] = {}
-        for family in FAMILIES:
-            raw = {p: paired_p_value(r, against) for p, r in rises.items() if p != baseline and family(p)}
-            p_values |= holm({p: value for p, value in raw.items() if value is not None})
+        p_values = adjusted_p_values({p: r for p, r in rises.items() if p != baseline}, against)
         header += [f"reach {level:.4f}", "retain rise", f"− {baseline}" if baseline else "–"]
         for row in rows:
             ours = rises[row[0]]
