@@ -79,6 +79,13 @@ def test_a_finished_comparison_resumes_from_its_results_alone(finished, tmp_path
     assert not (tmp_path / "cells").exists()
 
 
+def test_another_comparison_in_the_same_folder_loses_no_cell(finished, tmp_path):
+    (tmp_path / "results.json").write_bytes((finished[1] / "results.json").read_bytes())
+    run_comparison(small(("prior",), (0,)), tmp_path)
+    again = run_comparison(small(), tmp_path)
+    assert again.cells == finished[0].cells
+
+
 def test_comparisons_that_share_a_store_run_no_cell_twice(tmp_path):
     store, ran = CellStore(tmp_path / "cells"), []
     run_comparison(small(("prior",), (0,)), tmp_path / "a", store=store)

@@ -112,7 +112,7 @@ class Comparison:
         """For each row a hash of all that its cells depend on but their seed: cells with another are not ours."""
         task = get_task(self.task)
         settings = task.settings.override(**self.options)
-        folders = {task.assets, task.pretrained_path.parent}
+        folders = {task.assets, task.pretrained_path.parent, task.oracle_path.parent}
         files = [path for folder in folders for end in KEY_FILES for path in folder.glob(end)]
         common: dict[str, Any] = {
             "format": CELL_FORMAT, "task": self.task, "data": load_data(task, self.data_root).digest(),
@@ -163,12 +163,14 @@ def run_comparison(
     """Run every cell that neither ``store`` nor ``out`` holds yet, in ``jobs`` processes; writes ``results.json``.
 
     Every finished cell is a file of its own in ``store`` (default: ``out/cells``), so an interrupted comparison
-    continues where it stopped. ``progress(cell, done, total)`` is called for every cell, and first with None.
+    continues where it stopped, and cells of a ``results.json`` that another comparison left there are kept.
+    ``progress(cell, done, total)`` is called for every cell, and first with None.
     """
     if jobs < 1:
         raise SettingsError(f"jobs={jobs} must be at least 1")
     comparison.validate()
-    store = store or CellStore(out / "cells", known=finished_cells(out))
+    before = finished_cells(out)
+    store = store or CellStore(out / "cells", known=before)
     cells, keys = comparison.cells(), comparison.cell_keys()
     stored = {name: store.read(*name, keys[name[0]]) for name in cells}
     found = {n: c for n, c in stored.items() if c is not None and ("pictures" in c or not comparison.keeps(n[1]))}
@@ -192,6 +194,9 @@ def run_comparison(
         "format": CELL_FORMAT,
         "comparison": asdict(comparison), **_provenance(comparison, command), "cells": [found[name] for name in cells]
     }  # fmt: skip
+    for cell in before:
+        if found.get((cell["policy"], cell["seed"]), {}).get("key") != cell.get("key"):
+            store.write(cell)
     write_json(out / "results.json", raw, indent=None)
     return Results(raw)
 
