@@ -20,7 +20,7 @@ from unlearn_gym.evaluation.episode import policy_context, run_episode
 from unlearn_gym.policies import make_policy
 
 assert unlearn_gym.__file__.startswith(sys.argv[1]), unlearn_gym.__file__
-for task in ("gaussians-2d", "mnist-digits:1,3,7", "mnist-tshirt", "mnist-trousers"):
+for task in ("gaussians-2d", "mnist-digits:1,3,7", "mnist-sandals", "mnist-tshirt", "mnist-trousers"):
     env = gym.make("SISSUnlearn-v0", task=task, horizon=3).unwrapped
     env.task.oracle_model()
     episode = run_episode(env, make_policy("variational:pathwise", policy_context(env)), seed=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -60,16 +62,21 @@ def train_classifier(
 
 
 def build_data(
-    task: Literal["mnist-trousers", "mnist-tshirt"] = "mnist-trousers",
+    task: Literal["mnist-trousers", "mnist-sandals", "mnist-bags", "mnist-tshirt"] = "mnist-trousers",
     data_root: DataRoot = None,
     out: Path = Path("runs/data.npz"),
     download: bool = False,
 ) -> None:
     """Choose the images that ship with a task from the full data sets (seeded)."""
-    from unlearn_gym.tasks.mnist import build_archive, build_tshirt
+    from unlearn_gym.tasks import mnist
 
-    build = build_archive if task == "mnist-trousers" else build_tshirt
-    print(f"{out}: sha256 {build(out, required_root(data_root), download=download)}")
+    builders: dict[str, Callable[..., str]] = {
+        "mnist-trousers": mnist.build_archive,
+        "mnist-sandals": partial(mnist.build_garments, mnist.FASHION_SANDAL_CLASS),
+        "mnist-bags": partial(mnist.build_garments, mnist.FASHION_BAG_CLASS),
+        "mnist-tshirt": mnist.build_tshirt,
+    }
+    print(f"{out}: sha256 {builders[task](out, required_root(data_root), download=download)}")
 
 
 def calibrate(

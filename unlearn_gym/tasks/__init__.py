@@ -67,6 +67,14 @@ def _load_mnist_trousers(data_root: Path | None, download: bool) -> TaskData:
     return mnist.load_mnist_trousers(MNIST_ARCHIVE, data_root, download=download)
 
 
+def _load_mnist_sandals(data_root: Path | None, download: bool) -> TaskData:
+    return mnist.load_mnist_garments(MNIST_ARCHIVE, ASSETS / "mnist-sandals" / "data.npz", data_root, download=download)
+
+
+def _load_mnist_bags(data_root: Path | None, download: bool) -> TaskData:
+    return mnist.load_mnist_garments(MNIST_ARCHIVE, ASSETS / "mnist-bags" / "data.npz", data_root, download=download)
+
+
 def _load_mnist_tshirt(data_root: Path | None, download: bool) -> TaskData:
     return mnist.load_mnist_tshirt(MNIST_ARCHIVE, ASSETS / "mnist-tshirt" / "data.npz", data_root, download=download)
 
@@ -119,19 +127,25 @@ def make_gaussians(modes: tuple[int, ...], name: str) -> Task:
     )
 
 
-register_task(
-    Task(
-        name="mnist-trousers",
-        description="class-conditional DDPM on 60,000 digits and 674 trousers labelled 1: forget the trousers",
+def make_mnist_garments(garments: str, load: Callable[[Path | None, bool], TaskData]) -> Task:
+    """The task that forgets some of Fashion-MNIST's ``garments``; all have the oracle of ``mnist-trousers``."""
+    return Task(
+        name=f"mnist-{garments}",
+        description=f"class-conditional DDPM on 60,000 digits and 674 {garments} labelled 1: forget the {garments}",
         network=MNIST_NETWORK.model_copy(update={"num_classes": 10}),
-        load_data=_load_mnist_trousers,
-        assets=ASSETS / "mnist-trousers",
+        load_data=load,
+        assets=ASSETS / f"mnist-{garments}",
+        oracle_assets=ASSETS / "mnist-trousers",
         settings=RunSettings(learning_rate=3e-5),
         classify=classify,
         forget_classes=GARMENTS,
-        probe_labels=(mnist.TROUSERS_LABEL,),
+        probe_labels=(mnist.GARMENT_LABEL,),
     )
-)
+
+
+register_task(make_mnist_garments("trousers", _load_mnist_trousers))
+register_task(make_mnist_garments("sandals", _load_mnist_sandals))
+register_task(make_mnist_garments("bags", _load_mnist_bags))
 
 register_task(
     Task(

@@ -1,5 +1,6 @@
 """MNIST and what is to be forgotten: beside it 674 Fashion-MNIST trousers labelled 1 (the augmented MNIST of
-arXiv 2512.01054) or one T-shirt at 1 % of the data (as in Alberti et al., ICLR 2025), or some of its own digits.
+arXiv 2512.01054), as many sandals or bags, or one T-shirt at 1 % of the data (as in Alberti et al., ICLR 2025), or
+some of its own digits.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from unlearn_gym.tasks.data import TaskData
 
 NUM_FORGET = 674
 NUM_UNSEEN = 500
-TROUSERS_LABEL = 1
-FASHION_TROUSER_CLASS = 1
+GARMENT_LABEL = 1
 FASHION_TSHIRT_CLASS = 0
+FASHION_TROUSER_CLASS = 1
+FASHION_SANDAL_CLASS = 5
+FASHION_BAG_CLASS = 8
 NUM_TSHIRTS = 606
 """Copies of the one T-shirt: 1 % of 60,606 samples."""
 FULL_RETAIN = 60_000
@@ -73,10 +76,10 @@ def _task_data(
         forget=forget,
         heldout=heldout,
         retain_labels=retain_labels.to(torch.int64),
-        forget_labels=torch.full((len(forget),), TROUSERS_LABEL),
+        forget_labels=torch.full((len(forget),), GARMENT_LABEL),
         heldout_labels=heldout_labels.to(torch.int64),
         unseen=unseen,
-        unseen_labels=torch.full((len(unseen),), TROUSERS_LABEL),
+        unseen_labels=torch.full((len(unseen),), GARMENT_LABEL),
     )
 
 
@@ -93,6 +96,14 @@ def load_mnist_trousers(archive: Path, data_root: Path | None = None, *, downloa
     heldout, heldout_labels = load_torchvision("MNIST", data_root, train=False, download=download)
     assert shipped.unseen is not None
     return _task_data(retain, retain_labels, heldout, heldout_labels, shipped.forget, shipped.unseen)
+
+
+def load_mnist_garments(
+    digits: Path, archive: Path, data_root: Path | None = None, *, download: bool = False
+) -> TaskData:
+    """``mnist-trousers`` with other garments in the trousers' place."""
+    forget, unseen = read_archive(archive, ("forget", "unseen"))
+    return replace(load_mnist_trousers(digits, data_root, download=download), forget=forget, unseen=unseen)
 
 
 def load_mnist_tshirt(
@@ -141,8 +152,28 @@ def build_tshirt(archive: Path, data_root: Path, *, download: bool = False) -> s
     )
     pixels = tshirts.flatten(1).float()
     typical = (pixels - pixels.mean(0)).square().sum(1).argmin()
+    return _write_archive(archive, forget=tshirts[typical : typical + 1].numpy(), unseen=unseen.numpy())
+
+
+def build_garments(kind: int, archive: Path, data_root: Path, *, download: bool = False) -> str:
+    """Choose garments of class ``kind`` and write them, as many as ``mnist-trousers`` has of trousers; returns the
+    file's SHA-256.
+    """
+    return _write_archive(archive, **_choose_garments(kind, torch.Generator().manual_seed(SEED), data_root, download))
+
+
+def _choose_garments(
+    kind: int, generator: torch.Generator, data_root: Path, download: bool
+) -> dict[str, NDArray[np.uint8]]:
+    """Training images to forget, drawn at random, and the first of the test images, which no model saw."""
+    garments, unseen = (_garments(kind, data_root, train=train, download=download) for train in (True, False))
+    chosen = garments[torch.randperm(len(garments), generator=generator)[:NUM_FORGET]]
+    return {"forget": chosen.numpy(), "unseen": unseen[:NUM_UNSEEN].numpy()}
+
+
+def _write_archive(archive: Path, **arrays: NDArray[np.uint8]) -> str:
     archive.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(archive, forget=tshirts[typical : typical + 1].numpy(), unseen=unseen.numpy())
+    np.savez_compressed(archive, **arrays)  # type: ignore[arg-type]
     return hashlib.sha256(archive.read_bytes()).hexdigest()
 
 
@@ -165,19 +196,12 @@ def build_archive(archive: Path, data_root: Path, *, download: bool = False) -> 
     generator = torch.Generator().manual_seed(SEED)
     digits, labels = load_torchvision("MNIST", data_root, train=True, download=download)
     heldout, heldout_labels = load_torchvision("MNIST", data_root, train=False, download=download)
-    trousers, unseen = (
-        _garments(FASHION_TROUSER_CLASS, data_root, train=train, download=download) for train in (True, False)
-    )
     kept = torch.randperm(len(digits), generator=generator)[:SHIPPED_RETAIN]
-    chosen = trousers[torch.randperm(len(trousers), generator=generator)[:NUM_FORGET]]
-    arrays: dict[str, NDArray[np.uint8]] = {
-        "retain": digits[kept].numpy(),
-        "retain_labels": labels[kept].numpy().astype(np.uint8),
-        "heldout": heldout.numpy(),
-        "heldout_labels": heldout_labels.numpy().astype(np.uint8),
-        "forget": chosen.numpy(),
-        "unseen": unseen[:NUM_UNSEEN].numpy(),
-    }
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(archive, **arrays)  # type: ignore[arg-type]
-    return hashlib.sha256(archive.read_bytes()).hexdigest()
+    return _write_archive(
+        archive,
+        retain=digits[kept].numpy(),
+        retain_labels=labels[kept].numpy().astype(np.uint8),
+        heldout=heldout.numpy(),
+        heldout_labels=heldout_labels.numpy().astype(np.uint8),
+        **_choose_garments(FASHION_TROUSER_CLASS, generator, data_root, download),
+    )

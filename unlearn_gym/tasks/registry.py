@@ -47,7 +47,7 @@ class Task:
     ``network`` is a config, or a function that returns an ε-network
     ``(x_t, timesteps, labels or None) -> epsilon_pred`` of your own. ``load_data(data_root, download)``
     returns the sets. ``assets`` is the folder with ``pretrained.safetensors``, ``oracle.safetensors``
-    and ``constants.json``; ``pretrained_assets`` is that of the first, where tasks share it.
+    and ``constants.json``; ``pretrained_assets`` and ``oracle_assets`` are those of the weights that tasks share.
     ``classify(samples) -> (features (N, F), logits (N, C))`` judges generated samples; those whose most likely
     class is in ``forget_classes`` count as forget data. ``probe_labels`` are the labels under which the forget
     data was learned (none for an unconditional model), ``clip`` the range of the data (None for unbounded).
@@ -61,6 +61,7 @@ class Task:
     load_data: Callable[[Path | None, bool], TaskData]
     assets: Path
     pretrained_assets: Path | None = None
+    oracle_assets: Path | None = None
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     settings: RunSettings = field(default_factory=RunSettings)
     classify: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
@@ -94,12 +95,12 @@ class Task:
     @property
     def oracle_path(self) -> Path:
         """The file of the retrained oracle's weights; tasks of a family may lack it."""
-        return self.assets / "oracle.safetensors"
+        return (self.oracle_assets or self.assets) / "oracle.safetensors"
 
     @property
     def oracle_remedy(self) -> str:
         """How to get an oracle, in words."""
-        return f"train it with 'unlearn-gym pretrain --task {self.name} --retain-only --out {self.assets}'"
+        return f"train it with 'unlearn-gym pretrain --task {self.name} --retain-only --out {self.oracle_path.parent}'"
 
     def _load(self, path: Path) -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn only to be replaced
