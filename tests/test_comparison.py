@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -94,14 +96,19 @@ def test_comparisons_that_share_a_store_run_no_cell_twice(tmp_path):
     assert len({p.name for p in store.folder.iterdir()} - before) == 1
 
 
-def test_cells_of_a_changed_agent_or_module_are_run_again(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    source = tmp_path / "a_policy.py"
+def test_cells_of_a_changed_module_are_run_again(tmp_path, monkeypatch):
+    """In a process of its own, which has not the module's folder on its path: an installed script has not either."""
     keys = []
+    monkeypatch.chdir(tmp_path)
     for value in (0.2, 0.3):
-        source.write_text(f"def choose(obs):\n    return {value}\n")
-        keys.append(small(("a_policy:choose", "prior")).cell_keys())
+        (tmp_path / "a_policy.py").write_text(f"def choose(obs):\n    return {value}\n")
+        script = (
+            "import json, sys; sys.path[:] = [p for p in sys.path if p]\n"
+            "from unlearn_gym.evaluation.comparison import Comparison\n"
+            "print(json.dumps(Comparison('gaussians-2d', ('a_policy:choose', 'prior'), (0,)).cell_keys()))"
+        )
+        done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)
+        keys.append(json.loads(done.stdout))
     assert keys[0]["a_policy:choose"] != keys[1]["a_policy:choose"]
     assert keys[0]["prior"] == keys[1]["prior"]
 

@@ -65,9 +65,10 @@ def policy_sources(spec: str, task: str) -> list[Path]:
         return [SHIPPED_AGENTS / task / f"{name}.zip"]
     if name in BUILT_IN or len(arguments) != 1:
         return []
+    _see_own_modules()
     try:
         module = importlib.util.find_spec(name)
-    except ImportError:
+    except (ImportError, ValueError):  # ValueError: a module that was made by hand
         return []
     return [Path(module.origin)] if module is not None and module.origin else []
 
@@ -117,10 +118,15 @@ def _agent(path: Path, context: PolicyContext) -> LambdaPolicy:
     return SB3Policy(context, path)
 
 
-def _from_module(module: str, attribute: str) -> LambdaPolicy:
-    """A user's policy: an object with ``act``, a class of such, or a function ``obs -> lambda_``."""
+def _see_own_modules() -> None:
+    """Find modules in the folder where the command runs, as ``python -m`` does and an installed script does not."""
     if "" not in sys.path:
         sys.path.insert(0, "")
+
+
+def _from_module(module: str, attribute: str) -> LambdaPolicy:
+    """A user's policy: an object with ``act``, a class of such, or a function ``obs -> lambda_``."""
+    _see_own_modules()
     try:
         found: Any = getattr(importlib.import_module(module), attribute)
     except AttributeError:
