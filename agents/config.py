@@ -1,64 +1,128 @@
-"""Hyper-parameters of the agents, read from ``configs/agents`` and validated."""
+"""Hyper-parameters of the agents, read from ``configs/agents`` and validated against the algorithm that takes them."""
 
 from __future__ import annotations
 
+import copy
+import difflib
+import importlib
+import inspect
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.noise import NormalActionNoise
 
 from unlearn_gym import ENV_ID
-from unlearn_gym.errors import SettingsError
+from unlearn_gym.errors import SettingsError, error_line
 from unlearn_gym.settings import describe_validation_error
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "agents"
+ALGORITHMS = {
+    "ppo": "stable_baselines3:PPO", "a2c": "stable_baselines3:A2C", "sac": "stable_baselines3:SAC",
+    "td3": "stable_baselines3:TD3", "ppo_lstm": "sb3_contrib:RecurrentPPO",
+}  # fmt: skip
+"""Where each algorithm is, by the name that RL Baselines3 Zoo gives it."""
+OUR_ARGUMENTS = (
+    "self",
+    "env",
+    "seed",
+    "device",
+    "tensorboard_log",
+    "verbose",
+    "_init_setup_model",
+    "stats_window_size",
+)
+RESCALE = {"gymnasium.wrappers.RescaleAction": {"min_action": -1.0, "max_action": 1.0}}
+"""What the zoo has to wrap the environment in; ``agents.train`` always rescales so."""
 
 
-class PolicyKwargs(BaseModel):
-    """Network of the agent."""
+def algorithm_class(name: str) -> type[BaseAlgorithm]:
+    """The class of an algorithm; raises ``SettingsError`` with the nearest name, or how to install it."""
+    if name not in ALGORITHMS:
+        close = difflib.get_close_matches(name, ALGORITHMS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(ALGORITHMS)}"
+        raise SettingsError(f"unknown algorithm {name!r}; {hint}")
+    module, attribute = ALGORITHMS[name].split(":")
+    try:
+        found: type[BaseAlgorithm] = getattr(importlib.import_module(module), attribute)
+    except ImportError:
+        raise SettingsError(f"{name!r} needs sb3-contrib; install it with: pip install 'unlearn_gym[agents]'") from None
+    return found
+
+
+class AgentConfig(BaseModel):
+    """What one entry of a config file says: ``n_timesteps``, ``n_envs``, ``policy`` and the noise of the actions as in
+    the zoo, and under ``arguments`` all that goes to the algorithm's constructor.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    net_arch: list[int] = Field(min_length=1)
-    log_std_init: float = 0.0
-
-
-class PPOConfig(BaseModel):
-    """Arguments of stable-baselines3's PPO, under its names, with ``n_timesteps`` and ``n_envs`` as in the zoo."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+    algorithm: str
     n_timesteps: int = Field(ge=1)
-    n_envs: int = Field(ge=1)
-    policy: Literal["MlpPolicy"] = "MlpPolicy"
-    n_steps: int = Field(ge=2)
-    batch_size: int = Field(ge=2)
-    n_epochs: int = Field(ge=1)
-    learning_rate: float = Field(gt=0)
-    gamma: float = Field(gt=0, le=1)
-    gae_lambda: float = Field(ge=0, le=1)
-    clip_range: float = Field(gt=0)
-    ent_coef: float = 0.0
-    vf_coef: float = Field(0.5, ge=0)
-    max_grad_norm: float = Field(0.5, gt=0)
-    policy_kwargs: PolicyKwargs
+    n_envs: int = Field(1, ge=1)
+    policy: str
+    env_wrapper: list[dict[str, dict[str, float]]] = [RESCALE]
+    noise_type: Literal["normal"] | None = None
+    noise_std: float = Field(0.1, gt=0)
+    arguments: dict[str, Any] = {}
 
-    def ppo_arguments(self) -> dict[str, Any]:
-        """What PPO's constructor takes."""
-        return self.model_dump(exclude={"n_timesteps", "n_envs"})
+    def make(self, env: Any, **more: Any) -> BaseAlgorithm:
+        """The agent, untrained; raises ``SettingsError`` with what the algorithm says of a value that it refuses."""
+        kind: Any = algorithm_class(self.algorithm)
+        if self.noise_type is not None:
+            more["action_noise"] = NormalActionNoise(np.zeros(1), np.full(1, self.noise_std))
+        try:
+            made: BaseAlgorithm = kind(self.policy, env, **copy.deepcopy(self.arguments), **more)
+        except (TypeError, ValueError, AssertionError, KeyError) as error:
+            raise SettingsError(
+                f"{self.algorithm} refuses its settings ({error_line(error)}); mend the config"
+            ) from None
+        return made
 
 
-def load_config(task: str, path: Path | None = None) -> PPOConfig:
-    """The configuration for ``task``; raises ``SettingsError`` naming the key and the value."""
-    path = path or CONFIG_FOLDER / "ppo.yml"
+def load_config(algorithm: str, task: str, path: Path | None = None, **changes: Any) -> AgentConfig:
+    """The configuration for ``task``, with ``changes`` in place of single values; raises ``SettingsError`` naming the
+    key and the value.
+
+    Files are keyed by the environment's id, as the zoo's; an entry ``"<id>@<task>"`` replaces single values for a task.
+    """
+    known = _constructor_arguments(algorithm)
+    path = path or CONFIG_FOLDER / f"{algorithm}.yml"
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise SettingsError(f"cannot read {path} ({str(error).splitlines()[0]}); name a config with --config") from None
-    if not isinstance(content, dict) or ENV_ID not in content:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"cannot read {path} ({error_line(error)}); name a config with --config") from None
+    if not isinstance(content, dict) or not isinstance(content.get(ENV_ID), dict):
         raise SettingsError(f"{path} has no entry {ENV_ID!r}; key it by the environment's id")
+    _check_keys(content, path)
+    entry = {**content[ENV_ID], **(content.get(f"{ENV_ID}@{task}") or {}), **changes}
+    if "noise_type" in entry and "action_noise" not in known:
+        raise SettingsError(f"{path}: noise_type={entry['noise_type']!r} is for td3 and sac; {algorithm} has none")
+    own = {k: entry.pop(k) for k in list(entry) if k in AgentConfig.model_fields}
+    for key in entry:
+        if key not in known:
+            close = difflib.get_close_matches(key, [*known, *AgentConfig.model_fields], n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"{algorithm} takes {', '.join(known)}"
+            raise SettingsError(f"{path}: unknown key {key!r}; {hint}")
     try:
-        return PPOConfig.model_validate({**content[ENV_ID], **content.get(f"{ENV_ID}@{task}", {})})
+        config = AgentConfig.model_validate({**own, "algorithm": algorithm, "arguments": entry})
     except ValidationError as error:
         raise SettingsError(f"{path}: {describe_validation_error(error)}") from None
+    if config.env_wrapper != [RESCALE]:
+        raise SettingsError(f"{path}: env_wrapper={config.env_wrapper} must be {[RESCALE]}: agents act in [-1, 1]")
+    return config
+
+
+def _constructor_arguments(algorithm: str) -> list[str]:
+    parameters = inspect.signature(algorithm_class(algorithm).__init__).parameters
+    return [name for name in parameters if name not in OUR_ARGUMENTS]
+
+
+def _check_keys(content: dict[Any, Any], path: Path) -> None:
+    """Every entry is the environment's, or that of one of its tasks: another would be read by nobody."""
+    for key in content:
+        if key != ENV_ID and not str(key).startswith(f"{ENV_ID}@"):
+            raise SettingsError(f"{path}: nobody reads the entry {key!r}; name it {ENV_ID!r} or '{ENV_ID}@<task>'")

@@ -1,106 +1,72 @@
-"""Train a PPO agent: ``python -m agents.train --task mnist-trousers``."""
+"""Train an agent: ``python -m agents.train --task mnist-trousers --algo ppo``."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import gymnasium as gym
-import numpy as np
-import torch
+import stable_baselines3
 import tyro
-from stable_baselines3 import PPO
-from stable_baselines3 import __version__ as sb3_version
-from stable_baselines3.common.callbacks import CallbackList, CheckpointCallback, EvalCallback, ProgressBarCallback
-from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
 import unlearn_gym
-from agents.callbacks import UnlearnScalars
+from agents.callbacks import Bar, UnlearnScalars
 from agents.config import load_config
-from unlearn_gym import ENV_ID
-from unlearn_gym.envs import SB3VecEnv
+from agents.training import FIRST_VALIDATION_SEED, Plan, read_stages, train_agent
 from unlearn_gym.errors import SettingsError, UnlearnGymError
 from unlearn_gym.files import sha256, write_json
 
-FIRST_TRAINING_SEED = 1_000_000
-"""Training seeds begin here and validation seeds at twice that; a comparison's begin at 0."""
-FIRST_VALIDATION_SEED = 2 * FIRST_TRAINING_SEED
-
-
-def make_vec_env(task: str, options: dict[str, Any], n_envs: int, seed: int) -> VecEnv:
-    """``n_envs`` monitored environments whose actions are rescaled to [-1, 1], in worker processes if more than one."""
-    env = gym.make_vec(f"unlearn_gym:{ENV_ID}", num_envs=n_envs, task=task, autoreset_mode="SameStep", **options)
-    adapted = VecMonitor(SB3VecEnv(env))
-    adapted.seed(seed)
-    return adapted
+help_ = tyro.conf.arg
 
 
 def train(
-    task: str = "mnist-trousers",
-    reward: Annotated[str, tyro.conf.arg(help="'siss' (the paper's) or 'potential'")] = "siss",
-    seed: int = 0,
-    timesteps: Annotated[int | None, tyro.conf.arg(help="default: n_timesteps of the config")] = None,
-    n_envs: Annotated[int | None, tyro.conf.arg(help="environments; default: n_envs of the config")] = None,
-    config: Annotated[Path | None, tyro.conf.arg(help="default: configs/agents/ppo.yml")] = None,
-    out: Annotated[Path | None, tyro.conf.arg(help="default: runs/agents/TASK-REWARD-SEED")] = None,
-    eval_episodes: Annotated[int, tyro.conf.arg(help="episodes a validation, on held-out seeds")] = 5,
-    eval_every: Annotated[int, tyro.conf.arg(help="environment steps between validations")] = 9600,
+    task: Annotated[str, help_(help="a task's name, as in 'unlearn-gym compare'")] = "mnist-trousers",
+    algo: Annotated[str, help_(help="ppo, a2c, sac, td3, or ppo_lstm (needs the extra 'agents')")] = "ppo",
+    reward: Annotated[str, help_(help="'siss' (the paper's) or 'potential'")] = "siss",
+    observation: Annotated[str, help_(help="'paper' (six entries) or 'extended'")] = "paper",
+    seed: Annotated[int, help_(help="0..99; every seed has training episodes of its own")] = 0,
+    timesteps: Annotated[int | None, help_(help="environment steps; default: n_timesteps of the config")] = None,
+    n_envs: Annotated[int | None, help_(help="environments, in processes; default: n_envs of the config")] = None,
+    config: Annotated[Path | None, help_(help="default: configs/agents/ALGO.yml")] = None,
+    device: Annotated[str, help_(help="of the agent's networks; the runs' own is the task's")] = "cpu",
+    out: Annotated[Path | None, help_(help="default: runs/agents/TASK-ALGO-REWARD-SEED")] = None,
+    eval_every: Annotated[
+        int, help_(help="environment steps of a stage, which ends with validation and checkpoint")
+    ] = 9600,
+    eval_episodes: Annotated[int, help_(help="episodes of a validation, on seeds of its own")] = 5,
 ) -> Path:
-    """Train PPO on SISSUnlearn-v0; writes agent.zip, curves and a manifest to --out.
+    """Train an agent on SISSUnlearn-v0; the same command again goes on where it stopped.
 
-    Steps are rounded up to whole rollouts (n_steps × n_envs). Every --eval-every steps come a validation, which keeps
-    the best agent so far as best_model.zip, and a checkpoint.
+    Training goes in stages of --eval-every steps, rounded up to whole rollouts. Each ends with a validation on held-out
+    seeds and a checkpoint; best_model.zip is the best so far. At the end agent.zip is the last one, with a manifest
+    beside it. Curves: tensorboard --logdir OUT/tensorboard. Use it: unlearn-gym compare --policies OUT/agent.zip ...
     """
-    settings = load_config(task, config)
+    settings = load_config(algo, task, config)
     total = settings.n_timesteps if timesteps is None else timesteps
+    if total < 1:
+        raise SettingsError(f"timesteps={total} must be at least 1")
+    options = {"reward": reward, **({"observation": observation} if observation != "paper" else {})}
     workers = settings.n_envs if n_envs is None else n_envs
-    folder = out or Path("runs/agents") / f"{task}-{reward}-{seed}"
-    if total < 1 or workers < 1:
-        raise SettingsError(f"timesteps={total} and n_envs={workers} must be at least 1")
-    options = {"reward": reward}
-    first_seed = FIRST_TRAINING_SEED + seed * 1000
-    env = make_vec_env(task, options, workers, first_seed)
-    validation = make_vec_env(task, options, workers, FIRST_VALIDATION_SEED)
-    folder.mkdir(parents=True, exist_ok=True)
-    if workers > 1:
-        torch.set_num_threads(1)  # the cores are the workers'
-    agent = PPO(
-        env=env, seed=first_seed, tensorboard_log=str(folder / "tensorboard"), device="cpu", **settings.ppo_arguments()
-    )  # fmt: skip
-    started = time.perf_counter()
-    try:
-        callbacks = _callbacks(folder, validation, eval_episodes, max(eval_every // workers, 1))
-        agent.learn(total_timesteps=total, callback=callbacks, tb_log_name="ppo")
-    finally:
-        env.close()
-        validation.close()
+    plan = Plan(settings, task, options, seed, workers, eval_every, eval_episodes, device)
+    folder = out or Path("runs/agents") / "-".join([task.replace(":", "-"), algo, reward, str(seed)])
+    with Bar(f"{task} {algo}", total) as bar:
+        agent = train_agent(plan, folder, total, callbacks=[UnlearnScalars(), bar], stage_done=lambda stage: None)
     path = folder / "agent.zip"
     agent.save(path)
+    stages = read_stages(plan, folder)
     manifest = {
-        "command": shlex.join(["python", "-m", "agents.train", *sys.argv[1:]]), "task": task, "reward": reward,
-        "seed": seed, "training_seeds_from": first_seed, "validation_seeds_from": FIRST_VALIDATION_SEED,
-        "timesteps": agent.num_timesteps, "n_envs": workers, "config": settings.model_dump(),
-        "seconds": round(time.perf_counter() - started, 1),
-        "mean_return_last_100": float(np.mean([info["r"] for info in agent.ep_info_buffer or ()] or [np.nan])),
-        "versions": {"unlearn_gym": unlearn_gym.__version__, "stable_baselines3": sb3_version},
+        "command": shlex.join(["python", "-m", "agents.train", *sys.argv[1:]]), "task": task, "algorithm": algo,
+        "reward": reward, "seed": seed, "training_seeds_from": plan.stage_seed(0),
+        "validation_seeds_from": FIRST_VALIDATION_SEED, "timesteps": agent.num_timesteps, "n_envs": workers,
+        "config": settings.model_dump(), "seconds": round(sum(stage["seconds"] for stage in stages), 1),
+        "validation": [{k: stage[k] for k in ("timesteps", "returns")} for stage in stages],
+        "versions": {"unlearn_gym": unlearn_gym.__version__, "stable_baselines3": stable_baselines3.__version__},
         "sha256": sha256(path),
     }  # fmt: skip
     write_json(path.with_suffix(".json"), manifest)
     print(f"{path}: {agent.num_timesteps} steps in {manifest['seconds']} s")
     return path
-
-
-def _callbacks(folder: Path, validation: VecEnv, eval_episodes: int, every: int) -> CallbackList:
-    """Curves, checkpoints, validation on held-out seeds and a progress bar; ``every`` in steps of the vector."""
-    evaluate = EvalCallback(
-        validation, best_model_save_path=str(folder), log_path=str(folder), n_eval_episodes=eval_episodes,
-        eval_freq=every, verbose=0, warn=False,
-    )  # fmt: skip
-    checkpoint = CheckpointCallback(every, str(folder / "checkpoints"), name_prefix="ppo")
-    return CallbackList([UnlearnScalars(), checkpoint, evaluate, ProgressBarCallback()])
 
 
 def main() -> None:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
-import yaml
+import torch
+from sb3_contrib import RecurrentPPO
 from stable_baselines3 import A2C, PPO, SAC, TD3
+from stable_baselines3.common.base_class import BaseAlgorithm
 
-from agents.config import load_config
+from agents.config import ALGORITHMS, algorithm_class, load_config
+from agents.training import FIRST_VALIDATION_SEED, Plan, read_stages, train_agent
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.errors import PolicyError, SettingsError
 from unlearn_gym.evaluation.episode import policy_context, run_episode
+from unlearn_gym.files import sha256
 from unlearn_gym.policies import make_policy
 from unlearn_gym.policies.registry import SHIPPED_AGENTS
 
@@ -39,31 +47,107 @@ def train(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+SMALL = {
+    "ppo": {"n_steps": 8, "batch_size": 8}, "a2c": {"n_steps": 8}, "ppo_lstm": {"n_steps": 8, "batch_size": 8},
+    "sac": {"learning_starts": 6, "batch_size": 8, "train_freq": 4}, "td3": {"learning_starts": 6, "batch_size": 8},
+}  # fmt: skip
+
+
+def small_plan(algorithm: str, **changes: Any) -> Plan:
+    config = load_config(algorithm, "gaussians-2d", **SMALL[algorithm])
+    return dataclasses.replace(Plan(config, "gaussians-2d", {"horizon": 4}, 0, 2, 16, 2), **changes)
+
+
+def parameters(agent: BaseAlgorithm) -> list[Any]:
+    return [p.detach().clone() for p in agent.policy.parameters()]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_interrupted_and_resumed_training_equals_uninterrupted(algorithm, tmp_path):
+    def stop(stage):
+        raise KeyboardInterrupt
+
+    plan = small_plan(algorithm, n_envs=1)
+    whole = train_agent(plan, tmp_path / "whole", 48, callbacks=[], stage_done=lambda stage: None)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train_agent(plan, tmp_path / "parts", 48, callbacks=[], stage_done=stop)
+    parts = train_agent(plan, tmp_path / "parts", 48, callbacks=[], stage_done=lambda stage: None)
+    assert whole.num_timesteps == parts.num_timesteps >= 48
+    assert all(map(torch.equal, parameters(whole), parameters(parts)))
+    assert len(read_stages(plan, tmp_path / "parts")) == 3
+    untrained = plan.config.make(plan.make_env(), seed=plan.stage_seed(0))
+    assert not all(map(torch.equal, parameters(whole), parameters(untrained)))
+
+
+def test_stages_draw_episodes_of_their_own_and_none_of_another_training():
+    plans = [small_plan("ppo", seed=seed) for seed in range(3)]
+    seeds = [plan.stage_seed(stage) + env for plan in plans for stage in range(50) for env in range(plan.n_envs)]
+    assert len(set(seeds)) == len(seeds)
+    assert min(seeds) >= 1_000_000
+    assert max(seeds) < FIRST_VALIDATION_SEED
+
+
+def test_another_training_in_the_folder_is_refused_and_left_alone(tmp_path):
+    train_agent(small_plan("ppo"), tmp_path, 16, callbacks=[], stage_done=lambda stage: None)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(SettingsError, match="another seed; choose another --out"):
+        train_agent(small_plan("ppo", seed=1), tmp_path, 16, callbacks=[], stage_done=lambda stage: None)
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"no json"])
+@pytest.mark.parametrize("file", ["progress.json", "checkpoints/16/agent.zip", "checkpoints/16/replay.npz"])
+def test_a_damaged_checkpoint_is_named(file, damage, tmp_path):
+    plan = small_plan("sac")
+    train_agent(plan, tmp_path, 16, callbacks=[], stage_done=lambda stage: None)
+    (tmp_path / file).write_bytes(damage)
+    with pytest.raises(SettingsError, match="damaged") as caught:
+        train_agent(plan, tmp_path, 32, callbacks=[], stage_done=lambda stage: None)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_trained_agent_is_a_policy(tmp_path):
     config = tmp_path / "ppo.yml"
     config.write_text((ROOT / "configs" / "agents" / "ppo.yml").read_text().replace("n_steps: 240", "n_steps: 120"))
-    done = train(
+    arguments = (
         "--task", "gaussians-2d", "--timesteps", "480", "--config", str(config), "--out", "agent",
-        "--eval-every", "240", "--eval-episodes", "1", cwd=tmp_path,
+        "--eval-every", "240", "--eval-episodes", "1", "--n-envs", "1",
     )  # fmt: skip
+    done = train(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "agent"
     manifest = json.loads((folder / "agent.json").read_text())
     assert manifest["timesteps"] == 480
     assert manifest["training_seeds_from"] >= 1_000_000
+    assert [stage["timesteps"] for stage in manifest["validation"]] == [240, 480]
     assert (folder / "best_model.zip").exists()
-    assert list((folder / "checkpoints").glob("*.zip"))
+    assert {p.parent.name for p in (folder / "checkpoints").rglob("agent.zip")} == {"240", "480"}
     tags = b"".join(p.read_bytes() for p in (folder / "tensorboard").rglob("events.*"))
-    assert b"unlearn/lambda" in tags
-    assert b"unlearn/forget_loss" in tags
+    for tag in (
+        b"unlearn/lambda",
+        b"unlearn/forget_loss",
+        b"rollout/ep_rew_mean",
+        b"train/approx_kl",
+        b"eval/mean_return",
+    ):
+        assert tag in tags
     env = SISSUnlearnEnv("gaussians-2d", horizon=5)
     episode = run_episode(env, make_policy(str(folder / "agent.zip"), policy_context(env)), seed=0)
     assert all(0.1 <= v <= 0.9 for v in episode.trace["lambda_"])
+    before = (folder / "agent.zip").read_bytes()
+    assert train(*arguments, cwd=tmp_path).returncode == 0  # finished already
+    assert sha256(folder / "best_model.zip") in {
+        stage["sha256"] for stage in json.loads((folder / "progress.json").read_text())["stages"]
+    }
+    assert zipfile.ZipFile(io.BytesIO(before)).read("policy.pth") == zipfile.ZipFile(folder / "agent.zip").read(
+        "policy.pth"
+    )
 
 
-@pytest.mark.parametrize("algorithm", [A2C, PPO, SAC, TD3])
+@pytest.mark.parametrize("algorithm", [A2C, PPO, SAC, TD3, RecurrentPPO])
 def test_every_algorithms_zip_is_recognised(algorithm, tmp_path):
-    agent = algorithm("MlpPolicy", rescaled(), device="cpu")
+    agent = algorithm("MlpLstmPolicy" if algorithm is RecurrentPPO else "MlpPolicy", rescaled(), device="cpu")
     agent.save(tmp_path / "a.zip")
     policy = make_policy(str(tmp_path / "a.zip"), CONTEXT)
     assert type(policy.agent) is algorithm
@@ -105,8 +189,6 @@ def test_an_agent_trained_with_the_norms_age_is_used_with_it_and_refused_without
 
 @pytest.mark.parametrize("path", sorted(SHIPPED_AGENTS.rglob("*.zip")), ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_shipped_agents_are_those_of_their_manifest_and_act(path):
-    from unlearn_gym.files import sha256
-
     manifest = json.loads(path.with_suffix(".json").read_text())
     assert manifest["sha256"] == sha256(path)
     assert manifest["task"] == path.parent.name
@@ -120,29 +202,47 @@ def test_the_default_task_has_a_shipped_agent():
     assert (SHIPPED_AGENTS / "mnist-trousers" / "ppo.zip").is_file()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "agents").glob("*.yml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("task", TASKS)
-def test_every_config_loads_for_every_task_and_holds_no_key_that_nobody_reads(path, task):
-    config = load_config(task, path)
-    agent = PPO(env=rescaled(task), device="cpu", **config.ppo_arguments())
-    assert (agent.n_steps, agent.gamma) == (config.n_steps, config.gamma)
-    content = yaml.safe_load(path.read_text())
-    assert set(content) <= {"SISSUnlearn-v0", *(f"SISSUnlearn-v0@{name}" for name in TASKS)}
+def test_every_config_makes_an_agent_for_every_task(algorithm, task):
+    config = load_config(algorithm, task)
+    agent = config.make(rescaled("gaussians-2d"), device="cpu")
+    assert type(agent) is algorithm_class(algorithm)
+    for name in ("gamma", "learning_rate"):
+        assert getattr(agent, name) == config.arguments[name]
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("algorithm", "text", "message"),
     [
-        ("SISSUnlearn-v0: {n_step: 3}", "n_step"),
-        ("Pendulum-v1: {}", "no entry 'SISSUnlearn-v0'"),
-        ("a: [", "cannot read"),
+        ("ppo", "SISSUnlearn-v0: {n_timesteps: 9, policy: MlpPolicy, n_step: 3}", "'n_step'; did you mean 'n_steps'"),
+        ("sac", "SISSUnlearn-v0: {n_timesteps: 9, policy: MlpPolicy, clip_range: 3}", "'clip_range'; sac takes"),
+        ("ppo", "SISSUnlearn-v0: {n_timesteps: 9, policy: MlpPolicy, noise_type: normal}", "noise_type='normal'"),
+        ("ppo", "SISSUnlearn-v0: {policy: MlpPolicy}", "n_timesteps"),
+        ("ppo", "SISSUnlearn-v0: {n_timesteps: many, policy: MlpPolicy}", "n_timesteps='many'"),
+        ("ppo", "Pendulum-v1: {}", "no entry 'SISSUnlearn-v0'"),
+        (
+            "ppo",
+            "{SISSUnlearn-v0: {n_timesteps: 9, policy: MlpPolicy}, Pendulum-v1: {}}",
+            "nobody reads the entry 'Pend",
+        ),
+        ("ppo", "SISSUnlearn-v0: {n_timesteps: 9, policy: MlpPolicy, env_wrapper: [a]}", "env_wrapper"),
+        ("ppo", "a: [", "cannot read"),
+        ("pppo", "", "did you mean 'ppo'"),
     ],
 )
-def test_a_bad_config_is_named(text, message, tmp_path):
+def test_a_bad_config_is_named(algorithm, text, message, tmp_path):
     (tmp_path / "c.yml").write_text(text)
     with pytest.raises(SettingsError, match=message) as caught:
-        load_config("gaussians-2d", tmp_path / "c.yml")
+        load_config(algorithm, "gaussians-2d", tmp_path / "c.yml")
     assert "\n" not in str(caught.value)
+
+
+def test_a_value_that_the_algorithm_refuses_is_one_line():
+    with pytest.raises(SettingsError, match="ppo refuses its settings"):
+        load_config("ppo", "gaussians-2d", policy="MlpPolice").make(rescaled())
+    with pytest.raises(SettingsError, match="ppo refuses its settings"):
+        load_config("ppo", "gaussians-2d", learning_rate="fast").make(rescaled())
 
 
 @pytest.mark.parametrize(
@@ -151,6 +251,10 @@ def test_a_bad_config_is_named(text, message, tmp_path):
         (["--task", "nothing"], "unknown task"),
         (["--reward", "money"], "reward='money'"),
         (["--n-envs", "0"], "n_envs=0"),
+        (["--algo", "sca"], "did you mean 'sac'"),
+        (["--eval-episodes", "0"], "eval_episodes=0"),
+        (["--timesteps", "0"], "timesteps=0"),
+        (["--seed", "100"], "seed=100"),
     ],
 )
 def test_bad_arguments_are_one_line_and_leave_nothing_behind(arguments, message, tmp_path):

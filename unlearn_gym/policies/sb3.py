@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import zipfile
 from pathlib import Path
@@ -14,20 +15,29 @@ from unlearn_gym.policies.base import Observation, PolicyContext
 
 OBSERVATION_SHAPE = (6,)
 ALGORITHM_MARKS = {"PPO": {"clip_range"}, "A2C": {"gae_lambda"}, "TD3": {"policy_delay"}, "SAC": {"ent_coef", "tau"}}
-"""Settings that only this algorithm's zip holds, in the order of asking."""
+"""Attributes that only this algorithm's zip holds, in the order of asking."""
+RECURRENT_POLICIES = "sb3_contrib.common.recurrent"
 
 
-def _algorithm_name(path: Path) -> str:
-    """Which algorithm saved the zip, by the settings only it has."""
+def _algorithm(path: Path) -> Any:
+    """The class of the algorithm that saved the zip, by the attributes only it has and where its policy is from."""
     try:
         with zipfile.ZipFile(path) as archive:
-            keys = json.loads(archive.read("data")).keys()
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            data = json.loads(archive.read("data"))
+        recurrent = str(data["policy_class"]["__module__"]).startswith(RECURRENT_POLICIES)
+    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise PolicyError(f"{path} is not a stable-baselines3 zip ({error}); train one with agents.train") from None
+    if recurrent:
+        try:
+            return importlib.import_module("sb3_contrib").RecurrentPPO
+        except ImportError:
+            raise PolicyError(f"{path} is a recurrent agent; it needs sb3-contrib: pip install sb3-contrib") from None
     for name, marks in ALGORITHM_MARKS.items():
-        if marks <= keys:
-            return name
-    raise PolicyError(f"{path} was saved by an algorithm other than PPO, A2C, TD3 or SAC; wrap it as module:attribute")
+        if marks <= data.keys():
+            return getattr(importlib.import_module("stable_baselines3"), name)
+    raise PolicyError(
+        f"{path} was saved by an algorithm other than PPO, RecurrentPPO, A2C, TD3 or SAC; wrap it as module:attribute"
+    )
 
 
 class SB3Policy:
@@ -38,11 +48,9 @@ class SB3Policy:
     """
 
     def __init__(self, context: PolicyContext, path: Path) -> None:
-        import stable_baselines3
-
         self.context = context
         try:
-            self.agent = getattr(stable_baselines3, _algorithm_name(path)).load(path, device="cpu")
+            self.agent = _algorithm(path).load(path, device="cpu")
         except PolicyError:
             raise
         except Exception as error:  # sb3 raises whatever unpickling raises
@@ -62,6 +70,7 @@ class SB3Policy:
                 f"{bounds[1]}; use it with the settings that it was trained with"
             )
         self._low, self._high = float(action.low[0]), float(action.high[0])
+        self._memory: Any = None
         own_range = np.allclose([self._low, self._high], [context.lambda_min, context.lambda_max])
         if not own_range and (self._low, self._high) != (-1.0, 1.0):
             raise PolicyError(
@@ -70,10 +79,12 @@ class SB3Policy:
             )
 
     def reset(self, seed: int) -> None:
-        """The action is deterministic."""
+        """Forget a recurrent agent's memory; actions are deterministic."""
+        self._memory = None
 
     def act(self, obs: Observation, info: dict[str, Any]) -> float:
         """The agent's action, mapped to λ."""
-        action, _ = self.agent.predict(obs, deterministic=True)
+        start = np.array([self._memory is None])
+        action, self._memory = self.agent.predict(obs, self._memory, start, deterministic=True)
         share = (float(action[0]) - self._low) / (self._high - self._low)
         return self.context.clip(self.context.from_unit(share))

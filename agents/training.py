@@ -1,0 +1,183 @@
+"""The training of an agent as a row of stages, each of which begins from seeds of its own.
+
+A live unlearning run cannot be put into a checkpoint of its agent. So a stage ends with whole rollouts, a validation
+and a checkpoint, and the next one begins with new episodes and newly seeded generators, whether the process is the
+same or a later one: a training that was interrupted gives the agent of one that was not, bit by bit.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor
+
+from agents.config import AgentConfig, algorithm_class
+from unlearn_gym import ENV_ID
+from unlearn_gym.envs import SB3VecEnv
+from unlearn_gym.errors import SettingsError, error_line
+from unlearn_gym.files import sha256, write_json
+
+FIRST_TRAINING_SEED = 1_000_000
+"""Training seeds begin here and validation seeds at twice that; a comparison's begin at 0."""
+FIRST_VALIDATION_SEED = 2 * FIRST_TRAINING_SEED
+SEEDS_PER_TRAINING = 10_000
+BUFFER_ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
+
+StageDone = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What makes a training the same training: all but its length and where it is kept."""
+
+    config: AgentConfig
+    task: str
+    options: dict[str, Any]
+    seed: int
+    n_envs: int
+    eval_every: int
+    eval_episodes: int
+    device: str = "cpu"
+
+    def validate(self) -> None:
+        """Raise what is out of range."""
+        for name in ("n_envs", "eval_every", "eval_episodes"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.seed < FIRST_TRAINING_SEED // SEEDS_PER_TRAINING:
+            raise SettingsError(f"seed={self.seed} must lie in 0..{FIRST_TRAINING_SEED // SEEDS_PER_TRAINING - 1}")
+
+    def as_json(self) -> dict[str, Any]:
+        """As it stands in ``progress.json``."""
+        plan: dict[str, Any] = json.loads(json.dumps({**asdict(self), "config": self.config.model_dump()}))
+        plan["config"].pop("n_timesteps")
+        return plan
+
+    def stage_seed(self, stage: int) -> int:
+        """The first of a stage's seeds; there is one for each environment."""
+        return FIRST_TRAINING_SEED + self.seed * SEEDS_PER_TRAINING + stage * self.n_envs % SEEDS_PER_TRAINING
+
+    def make_env(self) -> VecEnv:
+        """Monitored environments whose actions are rescaled to [-1, 1], in worker processes if more than one."""
+        env = gym.make_vec(
+            f"unlearn_gym:{ENV_ID}", num_envs=self.n_envs, task=self.task, autoreset_mode="SameStep", **self.options
+        )
+        return VecMonitor(SB3VecEnv(env))
+
+
+def train_agent(
+    plan: Plan, folder: Path, timesteps: int, *, callbacks: list[BaseCallback], stage_done: StageDone
+) -> BaseAlgorithm:
+    """Train until ``timesteps`` environment steps, rounded up to whole rollouts, from where ``folder`` stands.
+
+    Leaves there ``progress.json``, ``checkpoints/STEPS/`` and ``best_model.zip``, the best by mean return on the
+    validation seeds. Raises ``SettingsError`` when the folder holds another training or a damaged one.
+    """
+    plan.validate()
+    stages = read_stages(plan, folder)
+    env, validation = plan.make_env(), plan.make_env()
+    try:
+        if stages:
+            agent = _restore(plan, folder, stages, env)
+        else:
+            agent = plan.config.make(env, device=plan.device, seed=plan.stage_seed(0))
+        folder.mkdir(parents=True, exist_ok=True)
+        agent.set_logger(configure(str(folder / "tensorboard"), ["tensorboard"]))
+        if plan.n_envs > 1:
+            torch.set_num_threads(1)  # the cores are the workers'
+        while agent.num_timesteps < timesteps:
+            started = time.perf_counter()
+            end = min((agent.num_timesteps // plan.eval_every + 1) * plan.eval_every, timesteps)
+            agent.set_random_seed(plan.stage_seed(len(stages)))
+            agent._last_obs = None  # learn() then begins new episodes, with the seeds just set
+            agent.learn(end - agent.num_timesteps, callback=callbacks, reset_num_timesteps=False)
+            stages.append(_validate(plan, agent, validation))
+            stages[-1]["seconds"] = round(time.perf_counter() - started, 1)
+            _keep(plan, agent, stages, folder)
+            stage_done(stages[-1])
+    finally:
+        env.close()
+        validation.close()
+    return agent
+
+
+def read_stages(plan: Plan, folder: Path) -> list[dict[str, Any]]:
+    """The finished stages of the same training in ``folder``; raises ``SettingsError`` for another's."""
+    path = folder / "progress.json"
+    if not path.is_file():
+        return []
+    try:
+        content = json.loads(path.read_text())
+        found, stages = content["plan"], content["stages"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingsError(f"{path} is damaged ({error_line(error)}); choose another --out or delete it") from None
+    differing = [key for key, value in plan.as_json().items() if found.get(key) != value]
+    if differing:
+        raise SettingsError(f"{folder} holds a training with another {', '.join(differing)}; choose another --out")
+    return list(stages)
+
+
+def _validate(plan: Plan, agent: BaseAlgorithm, validation: VecEnv) -> dict[str, Any]:
+    """Returns of the deterministic agent on the validation seeds, the same at every stage."""
+    validation.seed(FIRST_VALIDATION_SEED)
+    returns: Any = evaluate_policy(agent, validation, plan.eval_episodes, return_episode_rewards=True)[0]
+    agent.logger.record("eval/mean_return", float(np.mean(returns)))
+    agent.logger.record("eval/std_return", float(np.std(returns)))
+    agent.logger.dump(agent.num_timesteps)
+    return {"timesteps": agent.num_timesteps, "returns": [float(r) for r in returns]}
+
+
+def _keep(plan: Plan, agent: BaseAlgorithm, stages: list[dict[str, Any]], folder: Path) -> None:
+    """A checkpoint that counts once ``progress.json`` names it, and the best agent so far."""
+    checkpoint = folder / "checkpoints" / str(agent.num_timesteps)
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    agent.save(checkpoint / "agent.zip")
+    buffer = getattr(agent, "replay_buffer", None)
+    if isinstance(buffer, ReplayBuffer):
+        arrays = {name: getattr(buffer, name) for name in BUFFER_ARRAYS}
+        np.savez_compressed(checkpoint / "replay.npz", position=[buffer.pos, buffer.full], **arrays)
+    means = [np.mean(stage["returns"]) for stage in stages]
+    if int(np.argmax(means)) == len(means) - 1:
+        shutil.copy(checkpoint / "agent.zip", folder / "best_model.zip")
+    stages[-1]["sha256"] = sha256(checkpoint / "agent.zip")
+    write_json(folder / "progress.json", {"plan": plan.as_json(), "stages": stages})
+    for older in folder.glob("checkpoints/*/replay.npz"):
+        if older.parent != checkpoint:
+            older.unlink()  # only the last one is ever read
+
+
+def _restore(plan: Plan, folder: Path, stages: list[dict[str, Any]], env: VecEnv) -> BaseAlgorithm:
+    """The agent of the last checkpoint; raises ``SettingsError`` when it is not the file that was written."""
+    checkpoint = folder / "checkpoints" / str(stages[-1]["timesteps"])
+    path = checkpoint / "agent.zip"
+    remedy = f"delete the last stage of {folder / 'progress.json'}, or start anew in another --out"
+    if not path.is_file() or sha256(path) != stages[-1]["sha256"]:
+        raise SettingsError(f"{path} is missing or damaged; {remedy}")
+    agent = algorithm_class(plan.config.algorithm).load(path, env=env, device=plan.device)
+    buffer = getattr(agent, "replay_buffer", None)
+    if isinstance(buffer, ReplayBuffer):
+        try:
+            with np.load(checkpoint / "replay.npz", allow_pickle=False) as arrays:
+                for name in BUFFER_ARRAYS:
+                    getattr(buffer, name)[:] = arrays[name]
+                buffer.pos, buffer.full = int(arrays["position"][0]), bool(arrays["position"][1])
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise SettingsError(
+                f"{checkpoint / 'replay.npz'} is missing or damaged ({error_line(error)}); {remedy}"
+            ) from None
+    return agent
