@@ -21,7 +21,13 @@ help_ = tyro.conf.arg
 
 
 def train(
-    task: Annotated[str, help_(help="a task's name, as in 'unlearn-gym compare'")] = "mnist-trousers",
+    task: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]],
+        help_(help="a task's name; may be repeated: every episode then draws one (default: mnist-trousers)"),
+    ] = (),
+    instances: Annotated[
+        str | None, help_(help="a set in place of tasks: gaussians-2d/train, or a file as in my.json/train")
+    ] = None,
     algo: Annotated[str, help_(help="ppo, a2c, sac, td3, or ppo_lstm (needs the extra 'agents')")] = "ppo",
     reward: Annotated[str, help_(help="'siss' (the paper's) or 'potential'")] = "siss",
     observation: Annotated[str, help_(help="'paper' (six entries) or 'extended'")] = "paper",
@@ -42,21 +48,23 @@ def train(
     seeds and a checkpoint; best_model.zip is the best so far. At the end agent.zip is the last one, with a manifest
     beside it. Curves: tensorboard --logdir OUT/tensorboard. Use it: unlearn-gym compare --policies OUT/agent.zip ...
     """
-    settings = load_config(algo, task, config)
+    tasks = task if task or instances else ("mnist-trousers",)
+    settings = load_config(algo, tasks[0] if len(tasks) == 1 else instances or "", config)
     total = settings.n_timesteps if timesteps is None else timesteps
     if total < 1:
         raise SettingsError(f"timesteps={total} must be at least 1")
     options = {"reward": reward, **({"observation": observation} if observation != "paper" else {})}
     workers = settings.n_envs if n_envs is None else n_envs
-    plan = Plan(settings, task, options, seed, workers, eval_every, eval_episodes, device)
-    folder = out or Path("runs/agents") / "-".join([task.replace(":", "-"), algo, reward, str(seed)])
-    with Bar(f"{task} {algo}", total) as bar:
+    plan = Plan(settings, tasks, instances, options, seed, workers, eval_every, eval_episodes, device)
+    folder = out or Path("runs/agents") / f"{plan.name}-{algo}-{reward}-{seed}"
+    with Bar(f"{plan.name} {algo}", total) as bar:
         agent = train_agent(plan, folder, total, callbacks=[UnlearnScalars(), bar], stage_done=lambda stage: None)
     path = folder / "agent.zip"
     agent.save(path)
     stages = read_stages(plan, folder)
     manifest = {
-        "command": shlex.join(["python", "-m", "agents.train", *sys.argv[1:]]), "task": task, "algorithm": algo,
+        "command": shlex.join(["python", "-m", "agents.train", *sys.argv[1:]]),
+        "task": tasks[0] if len(tasks) == 1 else None, "tasks": tasks, "instances": instances, "algorithm": algo,
         "reward": reward, "seed": seed, "training_seeds_from": plan.stage_seed(0),
         "validation_seeds_from": FIRST_VALIDATION_SEED, "timesteps": agent.num_timesteps, "n_envs": workers,
         "config": settings.model_dump(), "seconds": round(sum(stage["seconds"] for stage in stages), 1),

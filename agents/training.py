@@ -8,6 +8,7 @@ same or a later one: a training that was interrupted gives the agent of one that
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 import zipfile
@@ -46,7 +47,8 @@ class Plan:
     """What makes a training the same training: all but its length and where it is kept."""
 
     config: AgentConfig
-    task: str
+    tasks: tuple[str, ...]
+    instances: str | None
     options: dict[str, Any]
     seed: int
     n_envs: int
@@ -56,6 +58,8 @@ class Plan:
 
     def validate(self) -> None:
         """Raise what is out of range."""
+        if bool(self.tasks) == bool(self.instances):
+            raise SettingsError("give tasks, or a set of instances, and not both")
         for name in ("n_envs", "eval_every", "eval_episodes"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name}={getattr(self, name)} must be at least 1")
@@ -73,11 +77,20 @@ class Plan:
         return FIRST_TRAINING_SEED + self.seed * SEEDS_PER_TRAINING + stage * self.n_envs % SEEDS_PER_TRAINING
 
     def make_env(self) -> VecEnv:
-        """Monitored environments whose actions are rescaled to [-1, 1], in worker processes if more than one."""
+        """Monitored environments whose actions are rescaled to [-1, 1], in worker processes if more than one.
+
+        With several tasks, or a set of instances, every episode draws one.
+        """
+        what = {"task": self.tasks[0]} if len(self.tasks) == 1 else {"instances": self.instances or self.tasks}
         env = gym.make_vec(
-            f"unlearn_gym:{ENV_ID}", num_envs=self.n_envs, task=self.task, autoreset_mode="SameStep", **self.options
+            f"unlearn_gym:{ENV_ID}", num_envs=self.n_envs, autoreset_mode="SameStep", **what, **self.options
         )
         return VecMonitor(SB3VecEnv(env))
+
+    @property
+    def name(self) -> str:
+        """What it trains on, as part of a folder's name."""
+        return re.sub(r"[^A-Za-z0-9.]+", "-", self.instances or "+".join(self.tasks))
 
 
 def train_agent(

@@ -55,7 +55,7 @@ SMALL = {
 
 def small_plan(algorithm: str, **changes: Any) -> Plan:
     config = load_config(algorithm, "gaussians-2d", **SMALL[algorithm])
-    return dataclasses.replace(Plan(config, "gaussians-2d", {"horizon": 4}, 0, 2, 16, 2), **changes)
+    return dataclasses.replace(Plan(config, ("gaussians-2d",), None, {"horizon": 4}, 0, 2, 16, 2), **changes)
 
 
 def parameters(agent: BaseAlgorithm) -> list[Any]:
@@ -78,6 +78,17 @@ def test_interrupted_and_resumed_training_equals_uninterrupted(algorithm, tmp_pa
     assert len(read_stages(plan, tmp_path / "parts")) == 3
     untrained = plan.config.make(plan.make_env(), seed=plan.stage_seed(0))
     assert not all(map(torch.equal, parameters(whole), parameters(untrained)))
+
+
+@pytest.mark.parametrize(
+    "what", [{"tasks": (), "instances": "gaussians-2d/train"}, {"tasks": ("gaussians-2d", "gaussians-2d:3")}]
+)
+def test_training_on_a_set_resumes_exactly_too(what, tmp_path):
+    plan = small_plan("ppo", options={}, n_envs=2, **what)
+    whole = train_agent(plan, tmp_path / "whole", 64, callbacks=[], stage_done=lambda stage: None)
+    train_agent(plan, tmp_path / "parts", 32, callbacks=[], stage_done=lambda stage: None)
+    parts = train_agent(plan, tmp_path / "parts", 64, callbacks=[], stage_done=lambda stage: None)
+    assert all(map(torch.equal, parameters(whole), parameters(parts)))
 
 
 def test_stages_draw_episodes_of_their_own_and_none_of_another_training():

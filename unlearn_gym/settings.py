@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from unlearn_gym.errors import SettingsError
 
 MAKER_ARGUMENTS = {
-    **dict.fromkeys(("task", "render_mode", "data_root", "download"), "gym.make and gym.make_vec"),
+    **dict.fromkeys(("task", "instances", "render_mode", "data_root", "download"), "gym.make and gym.make_vec"),
     **dict.fromkeys(
         ("num_envs", "backend", "num_workers", "worker_timeout", "autoreset_mode"),
         "gym.make_vec without vectorization_mode",

@@ -20,6 +20,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "pretrain": assets.pretrain,
     "train-classifier": assets.train_classifier,
     "build-data": assets.build_data,
+    "build-instances": assets.build_instances,
     "calibrate": assets.calibrate,
     "networks": assets.networks,
 }

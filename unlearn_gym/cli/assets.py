@@ -79,6 +79,16 @@ def build_data(
     print(f"{out}: sha256 {builders[task](out, required_root(data_root), download=download)}")
 
 
+def build_instances(ranges: Path, out: Path | None = None) -> None:
+    """Draw the training and test instances that a YAML file of ranges describes (seeded)."""
+    from unlearn_gym.instances import INSTANCES
+    from unlearn_gym.instances import build_instances as build
+
+    path = out or INSTANCES / f"{ranges.stem}.json"
+    content = build(ranges, path, invocation())
+    print(f"{path}: {len(content['train'])} to train on, {len(content['test'])} to test on")
+
+
 def calibrate(
     task: str = "mnist-trousers",
     num_batches: int = 256,

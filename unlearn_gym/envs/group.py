@@ -11,6 +11,7 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
 from unlearn_gym.envs.siss_unlearn import SISSUnlearnEnv
+from unlearn_gym.errors import SettingsError
 from unlearn_gym.stacked import StackedRuns
 
 Reset = tuple[NDArray[np.float32], dict[str, Any]]
@@ -66,6 +67,8 @@ class EnvGroup(Asked):
 
     def reset(self, seeds: Mapping[int, int | None], options: dict[str, Any] | None = None) -> dict[int, Reset]:
         """Begin an episode in each environment that ``seeds`` names by its index."""
+        if self.stack is not None and options and "instance" in options:
+            raise SettingsError("backend='stacked' needs equal runs; with instances use 'processes' or 'serial'")
         found = {i: self.envs[i].reset(seed=seed, options=options) for i, seed in seeds.items()}
         for i in found:
             self.due[i] = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +15,14 @@ from torch import Tensor
 
 from unlearn_gym.envs.features import FEATURE_CLIP, ExtendedFeatures
 from unlearn_gym.errors import ActionError, SettingsError
+from unlearn_gym.instances import Instance, load_instances
 from unlearn_gym.run import Snapshot, UnlearningRun
+from unlearn_gym.settings import RunSettings
 from unlearn_gym.step import FEATURES, StepTerms
 from unlearn_gym.tasks import TaskData, get_task, load_data
 
 ACTION_TOLERANCE = 1e-6
+DEFAULT_TASK = "mnist-trousers"
 
 
 def parse_action(action: Any, lambda_min: float, lambda_max: float) -> float:
@@ -96,7 +100,9 @@ there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samp
     ``-divergence_penalty``. Never truncated.
 
     ## Arguments
-    ``task``: a registered task's name. ``render_mode``: None or ``"rgb_array"``. ``data_root``: folder with
+    ``task``: a registered task's name, "mnist-trousers" if neither it nor ``instances`` is given. ``instances``: a set
+    from which every episode draws what it unlearns, by name (``"gaussians-2d/train"``), from a file or as a list; see
+    :mod:`unlearn_gym.instances`. ``render_mode``: None or ``"rgb_array"``. ``data_root``: folder with
     torchvision's MNIST, else the environment variable ``UNLEARN_GYM_DATA_ROOT``, else the shipped
     subset. ``download``: let torchvision fill that folder. Every field of
     :class:`unlearn_gym.settings.RunSettings` replaces the task's default:
@@ -114,8 +120,9 @@ there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samp
 
     def __init__(
         self,
-        task: str = "mnist-trousers",
+        task: str | None = None,
         *,
+        instances: str | Sequence[Any] | None = None,
         render_mode: str | None = None,
         data_root: str | os.PathLike[str] | None = None,
         download: bool = False,
@@ -123,21 +130,13 @@ there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samp
     ) -> None:
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise SettingsError(f"render_mode={render_mode!r} must be one of {self.metadata['render_modes']} or None")
-        self.task = get_task(task)
-        self.settings = s = self.task.settings.override(**options)
+        self.instances = None if instances is None else load_instances(instances)
         self.render_mode = render_mode
-        self.run = UnlearningRun(
-            self.task.pretrained_model(),
-            load_data(self.task, data_root, download=download),
-            self.task.schedule.alphas_cumprod(),
-            s,
-        )
-        self._start: Snapshot = self.run.snapshot()
-        self._extended = ExtendedFeatures(self.task, self.run) if s.observation == "extended" else None
+        self._options, self._data_root, self._download = options, data_root, download
+        self._enter(Instance.parse(task or (self.instances[0].task if self.instances else DEFAULT_TASK)))
+        s = self.settings
         self.action_space: spaces.Box = spaces.Box(s.lambda_min, s.lambda_max, (1,), np.float32)  # type: ignore[assignment]
-        self.observation_space: spaces.Box = self._make_observation_space()  # type: ignore[assignment]
-        self._scale = self._feature_scale()
-        self._start_potential: tuple[float, float] | None = None
+        self.observation_space: spaces.Box = self._make_observation_space(s, self.observation_extra)  # type: ignore[assignment]
         self.history: list[StepTerms] = []
         self._features = np.zeros(len(FEATURES))
         self._extra = np.zeros(self.observation_extra)
@@ -145,16 +144,46 @@ there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samp
         self._lambda = s.lambda_init
         self._potential = 0.0
 
-    def _make_observation_space(self) -> spaces.Box:
-        s = self.settings
+    def _enter(self, instance: Instance) -> None:
+        """Make ``instance`` what the following episodes unlearn; raises before anything changes."""
+        task = get_task(instance.task)
+        s = instance.settings(task, self._options)
+        data = instance.data(load_data(task, self._data_root, download=self._download))
+        run = UnlearningRun(task.pretrained_model(), data, task.schedule.alphas_cumprod(), s)
+        extended = ExtendedFeatures(task, run) if s.observation == "extended" else None
+        space = getattr(self, "observation_space", None)
+        if space is not None and space != self._make_observation_space(s, 0 if extended is None else extended.size):
+            raise SettingsError(
+                f"instance {instance.as_info()} has other observations than the environment; with "
+                "observation='extended' all instances need classifiers with equally many features"
+            )
+        self.instance, self.task, self.settings, self.run, self._extended = instance, task, s, run, extended
+        self._start: Snapshot = run.snapshot()
+        self._scale = self._feature_scale()
+        self._start_potential: tuple[float, float] | None = None
+
+    def _named_instance(self, options: dict[str, Any]) -> Instance | None:
+        """The instance that reset's ``options`` name, if they do."""
+        unknown = set(options) - {"instance"}
+        if unknown:
+            raise SettingsError(f"unknown reset options {sorted(unknown)}; this environment takes 'instance'")
+        named = options.get("instance")
+        if not isinstance(named, int | np.integer):
+            return None if named is None else Instance.parse(named)
+        known = self.instances or ()
+        if not 0 <= named < len(known):
+            raise SettingsError(f"instance={named}: this environment has a set of {len(known)}, numbered from 0")
+        return known[int(named)]
+
+    def _make_observation_space(self, s: RunSettings, extra: int) -> spaces.Box:
         low, high = (-FEATURE_CLIP, FEATURE_CLIP) if s.normalize_features else (0.0, np.inf)
         age = [] if s.grad_norms == "exact" else [1.0]
-        extra = [FEATURE_CLIP] * self.observation_extra
+        added = [FEATURE_CLIP] * extra
         return spaces.Box(
             np.array(
-                [low] * len(FEATURES) + [s.lambda_min, 0.0] + [0.0] * len(age) + [-x for x in extra], dtype=np.float32
+                [low] * len(FEATURES) + [s.lambda_min, 0.0] + [0.0] * len(age) + [-x for x in added], dtype=np.float32
             ),
-            np.array([high] * len(FEATURES) + [s.lambda_max, 1.0] + age + extra, dtype=np.float32),
+            np.array([high] * len(FEATURES) + [s.lambda_max, 1.0] + age + added, dtype=np.float32),
         )
 
     @property
@@ -172,10 +201,18 @@ there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samp
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Restore the pretrained model and seed the run; no option is known yet."""
-        if options:
-            raise SettingsError(f"unknown reset options {sorted(options)}; this environment takes none")
+        """Restore the pretrained model and seed the run.
+
+        ``options["instance"]`` names what to unlearn: an :class:`unlearn_gym.instances.Instance`, a dict of its
+        fields, a task's name, or a number in the environment's ``instances``. It is in ``info["instance"]`` and stays
+        until another one is named; an environment with ``instances`` draws one for every episode.
+        """
+        instance = self._named_instance(options or {})
         super().reset(seed=seed)
+        if instance is None and self.instances:
+            instance = self.instances[self.np_random.integers(len(self.instances))]
+        if instance is not None and instance != self.instance:
+            self._enter(instance)
         s = self.settings
         self.run.restore(self._start)
         self.run.seed(int(self.np_random.integers(2**32)))
@@ -184,7 +221,7 @@ there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samp
         terms = self.run.measure(s.lambda_init)
         self._observe(terms)
         self._potential = self._current_potential(terms)
-        return self._observation(), self._info(terms, {})
+        return self._observation(), {**self._info(terms, {}), "instance": self.instance.as_info()}
 
     def step(
         self, action: NDArray[np.float32] | float

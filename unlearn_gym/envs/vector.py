@@ -56,8 +56,9 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
     def __init__(
         self,
         num_envs: int = 1,
-        task: str = "mnist-trousers",
+        task: str | None = None,
         *,
+        instances: str | Sequence[Any] | None = None,
         backend: str = "auto",
         num_workers: int | None = None,
         worker_timeout: float | None = None,
@@ -76,33 +77,35 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
         if backend not in BACKENDS:
             raise SettingsError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
         mode = _parse_mode(autoreset_mode)
-        first = SISSUnlearnEnv(task, render_mode=render_mode, data_root=data_root, download=download, **options)
+        options = {"instances": instances, "render_mode": render_mode, **options}
+        first = SISSUnlearnEnv(task, data_root=data_root, download=download, **options)
         self.num_envs, self.render_mode, self.settings = num_envs, render_mode, first.settings
         self.metadata = {**SISSUnlearnEnv.metadata, "autoreset_mode": mode}
         self.single_observation_space, self.single_action_space = first.observation_space, first.action_space
         self.observation_space = batch_space(first.observation_space, num_envs)
         self.action_space = batch_space(first.action_space, num_envs)
-        self.backend = self._choose(backend, num_workers)
+        self.backend = self._choose(backend, num_workers, instances is not None)
         root = resolve_data_root(data_root)
         self._data_root = None if root is None else str(root.resolve())
-        made = {"render_mode": render_mode, **options}
         if self.backend == "processes":
             cores = joblib.cpu_count()
             workers = min(num_workers or cores, num_envs)
             self.envs: EnvGroup | WorkerPool = WorkerPool(
-                first, self._data_root, made, num_envs, mode,
+                first, self._data_root, options, num_envs, mode,
                 num_workers=workers, threads=max(1, cores // workers), draw_seed=self._draw_seed,
                 timeout=worker_timeout,
             )  # fmt: skip
         else:
-            rest = [SISSUnlearnEnv(task, data_root=data_root, **made) for _ in range(num_envs - 1)]
+            rest = [SISSUnlearnEnv(task, data_root=data_root, **options) for _ in range(num_envs - 1)]
             self.envs = EnvGroup([first, *rest], mode, stacked=self.backend == "stacked")
         self._obs = np.zeros(self.observation_space.shape or (), dtype=np.float32)
         self._needs_reset = np.ones(num_envs, dtype=np.bool_)
 
-    def _choose(self, backend: str, num_workers: int | None) -> str:
+    def _choose(self, backend: str, num_workers: int | None, many_instances: bool) -> str:
         if num_workers is not None and backend not in ("auto", "processes"):
             raise SettingsError(f"num_workers={num_workers} goes with backend='processes', not {backend!r}")
+        if many_instances and backend == "stacked":
+            raise SettingsError("backend='stacked' needs equal runs; with instances use 'processes' or 'serial'")
         within_a_pool = multiprocessing.current_process().daemon
         if within_a_pool and (backend == "processes" or num_workers is not None):
             raise SettingsError("a daemonic process can start no workers; use backend='serial' here")
@@ -112,7 +115,7 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
             return "serial"
         if torch.device(self.settings.device).type == "cpu":
             return "processes"
-        return "stacked" if self.settings.norms_period == 1 else "serial"
+        return "stacked" if self.settings.norms_period == 1 and not many_instances else "serial"
 
     def _draw_seed(self) -> int:
         return int(self.np_random.integers(2**32))

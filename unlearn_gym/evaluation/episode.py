@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,11 +42,19 @@ def policy_context(env: SISSUnlearnEnv) -> PolicyContext:
     return PolicyContext(env.task.name, s.lambda_min, s.lambda_max, s.horizon, low, high, env.observation_extra)
 
 
-def run_episode(env: SISSUnlearnEnv, policy: LambdaPolicy, seed: int, *, probe_every: int | None = None) -> Episode:
+def run_episode(
+    env: SISSUnlearnEnv,
+    policy: LambdaPolicy,
+    seed: int,
+    *,
+    probe_every: int | None = None,
+    on_step: Callable[[], None] | None = None,
+) -> Episode:
     """Reset both with ``seed`` and run to the end; afterwards ``env.run.model`` is the unlearned model.
 
     With ``probe_every`` the run's probe is measured at the start, after every so many updates, and at the end: that
-    draws nothing and changes nothing, and its time is not counted.
+    draws nothing and changes nothing, and its time is not counted. ``on_step`` is called at the start and after every
+    step, for what wants to look.
     """
     episode, clock = Episode(), time.perf_counter
     update: Any = getattr(policy, "update", None)
@@ -54,6 +63,8 @@ def run_episode(env: SISSUnlearnEnv, policy: LambdaPolicy, seed: int, *, probe_e
     terminated = False
     if probe_every is not None:
         _probe(env, episode)
+    look = on_step or (lambda: None)
+    look()
     while not terminated:
         started = clock()
         lambda_ = policy.act(obs, info)
@@ -70,6 +81,7 @@ def run_episode(env: SISSUnlearnEnv, policy: LambdaPolicy, seed: int, *, probe_e
         obs = next_obs
         if probe_every is not None and (terminated or env.run.updates % probe_every == 0):
             _probe(env, episode)
+        look()
     episode.diverged = info["diverged"]
     return episode
 
