@@ -1,0 +1,216 @@
+"""Search hyper-parameters: ``python -m agents.tune --task gaussians-2d --algo ppo --trials 30``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import joblib
+import numpy as np
+import torch
+import tyro
+import yaml
+
+from agents.config import AgentConfig, load_config
+from agents.training import Plan, train_agent
+from unlearn_gym import ENV_ID
+from unlearn_gym.errors import SettingsError, UnlearnGymError
+from unlearn_gym.files import write_json
+from unlearn_gym.tasks import get_task
+
+if TYPE_CHECKING:
+    import optuna
+
+help_ = tyro.conf.arg
+STUDY = "study"
+Space = Callable[["optuna.Trial"], dict[str, Any]]
+
+
+def on_policy(trial: optuna.Trial) -> dict[str, Any]:
+    """What PPO, recurrent PPO and A2C share."""
+    return {
+        "learning_rate": trial.suggest_float("learning_rate", 1e-4, 5e-3, log=True),
+        "gamma": trial.suggest_categorical("gamma", [0.9, 0.97, 0.99, 1.0]),
+        "gae_lambda": trial.suggest_categorical("gae_lambda", [0.8, 0.9, 0.95, 1.0]),
+        "ent_coef": trial.suggest_float("ent_coef", 1e-5, 1e-2, log=True),
+    }
+
+
+def ppo(trial: optuna.Trial) -> dict[str, Any]:
+    """PPO, recurrent or not."""
+    return on_policy(trial) | {
+        "n_steps": trial.suggest_categorical("n_steps", [60, 120, 240]),
+        "batch_size": trial.suggest_categorical("batch_size", [60, 120]),
+        "n_epochs": trial.suggest_categorical("n_epochs", [5, 10, 20]),
+        "clip_range": trial.suggest_categorical("clip_range", [0.1, 0.2, 0.3]),
+    }
+
+
+def a2c(trial: optuna.Trial) -> dict[str, Any]:
+    """A2C."""
+    return on_policy(trial) | {"n_steps": trial.suggest_categorical("n_steps", [5, 15, 30, 60])}
+
+
+def off_policy(trial: optuna.Trial) -> dict[str, Any]:
+    """SAC and TD3."""
+    steps = trial.suggest_categorical("train_freq", [1, 4, 8])
+    return {
+        "learning_rate": trial.suggest_float("learning_rate", 1e-4, 5e-3, log=True),
+        "gamma": trial.suggest_categorical("gamma", [0.9, 0.97, 0.99, 1.0]),
+        "tau": trial.suggest_categorical("tau", [0.005, 0.01, 0.02, 0.05]),
+        "batch_size": trial.suggest_categorical("batch_size", [64, 128, 256]),
+        "train_freq": steps, "gradient_steps": steps,
+    }  # fmt: skip
+
+
+SPACES: dict[str, Space] = {"ppo": ppo, "ppo_lstm": ppo, "a2c": a2c, "sac": off_policy, "td3": off_policy}
+
+
+def tune(
+    task: Annotated[str, help_(help="a task's name")] = "gaussians-2d",
+    algo: Annotated[str, help_(help=", ".join(SPACES))] = "ppo",
+    reward: Annotated[str, help_(help="'siss' (the paper's) or 'potential'")] = "siss",
+    trials: Annotated[int, help_(help="settings to try, those of earlier calls counted")] = 20,
+    timesteps: Annotated[int | None, help_(help="of each trial; default: n_timesteps of the config")] = None,
+    stages: Annotated[int, help_(help="validations of each trial; after each it may be given up")] = 4,
+    eval_episodes: Annotated[int, help_(help="episodes of a validation")] = 10,
+    n_envs: Annotated[int | None, help_(help="environments of each trial; default: n_envs of the config")] = None,
+    seed: Annotated[int, help_(help="of the search and of the trainings")] = 0,
+    jobs: Annotated[int, help_(help="trials at a time; the search then depends on their timing")] = 1,
+    config: Annotated[Path | None, help_(help="what the trials vary; default: configs/agents/ALGO.yml")] = None,
+    out: Annotated[Path | None, help_(help="default: runs/tune/TASK-ALGO-REWARD")] = None,
+) -> Path:
+    """Search for the settings of the highest validation return; the same command again goes on where it stopped.
+
+    TPE proposes, the median of earlier trials prunes. OUT/journal.log holds the study, OUT/best.yml the settings found,
+    as a config for agents.train and the zoo, and OUT/study.json every trial.
+    """
+    try:
+        import optuna
+    except ImportError:
+        raise SettingsError("agents.tune needs optuna; install it with: pip install 'unlearn_gym[agents]'") from None
+    base = load_config(algo, task, config)
+    for name, value in (("trials", trials), ("stages", stages), ("jobs", jobs), ("timesteps", timesteps or 1)):
+        if value < 1:
+            raise SettingsError(f"{name}={value} must be at least 1")
+    total = timesteps or base.n_timesteps
+    every = -(-total // stages)
+    plan = Plan(base, (task,), None, {"reward": reward}, seed, n_envs or base.n_envs, every, eval_episodes)
+    plan.validate()
+    get_task(task).settings.override(reward=reward)
+    folder = out or Path("runs/tune") / f"{plan.name}-{algo}-{reward}"
+    folder.mkdir(parents=True, exist_ok=True)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = _open_study(folder, seed)
+    _check_same_search(study, {**plan.as_json(), "timesteps": total}, folder)
+    _retry_unfinished(study)
+    search = functools.partial(_search, folder, plan, total, trials)
+    joblib.Parallel(n_jobs=jobs)(joblib.delayed(search)(seed + number) for number in range(jobs))
+    return _write_findings(_open_study(folder, seed), base, folder)
+
+
+def _open_study(folder: Path, seed: int) -> optuna.Study:
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    return optuna.create_study(
+        study_name=STUDY, storage=JournalStorage(JournalFileBackend(str(folder / "journal.log"))), load_if_exists=True,
+        direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=5),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
+    )  # fmt: skip
+
+
+def _check_same_search(study: optuna.Study, search: dict[str, Any], folder: Path) -> None:
+    """A folder holds one search: trials of different lengths or tasks cannot be compared."""
+    known = study.user_attrs.get("search")
+    if known is not None and known != search:
+        differing = ", ".join(key for key in search if known.get(key) != search[key])
+        raise SettingsError(f"{folder} holds a search with another {differing}; choose another --out")
+    study.set_user_attr("search", search)
+
+
+def _retry_unfinished(study: optuna.Study) -> None:
+    """Trials that were running when their process died are asked for again; their trainings go on where they were."""
+    from optuna.trial import TrialState
+
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+        study.enqueue_trial(trial.params, user_attrs={"folder": trial.user_attrs.get("folder", str(trial.number))})
+
+
+def _search(folder: Path, plan: Plan, total: int, trials: int, seed: int) -> None:
+    """Run trials until the study has so many; one of perhaps several processes."""
+    from optuna.study import MaxTrialsCallback
+    from optuna.trial import TrialState
+
+    torch.set_num_threads(1)
+    study = _open_study(folder, seed)
+    counted = (TrialState.COMPLETE, TrialState.PRUNED)
+    if len(study.get_trials(states=counted)) < trials:
+        study.optimize(
+            functools.partial(_try, folder, plan, total), callbacks=[MaxTrialsCallback(trials, states=counted)],
+            catch=(SettingsError,),
+        )  # fmt: skip
+
+
+def _try(folder: Path, plan: Plan, total: int, trial: optuna.Trial) -> float:
+    """Train with the settings that ``trial`` proposes; the mean return at the last validation."""
+    import optuna
+
+    where = trial.user_attrs.get("folder", str(trial.number))
+    trial.set_user_attr("folder", where)
+    arguments = {**plan.config.arguments, **SPACES[plan.config.algorithm](trial)}
+    own = dataclasses.replace(plan, config=plan.config.model_copy(update={"arguments": arguments}))
+    means: list[float] = []
+
+    def stage_done(stage: dict[str, Any]) -> None:
+        means.append(float(np.mean(stage["returns"])))
+        trial.report(means[-1], stage["timesteps"])
+        if trial.should_prune():
+            raise optuna.TrialPruned
+
+    train_agent(own, folder / "trials" / where, total, callbacks=[], stage_done=stage_done)
+    return means[-1]
+
+
+def _write_findings(study: optuna.Study, base: AgentConfig, folder: Path) -> Path:
+    """``best.yml`` and ``study.json``."""
+    trials = [
+        {
+            "number": t.number, "state": t.state.name.lower(), "return": t.value, "params": t.params,
+            "validation": {str(k): v for k, v in t.intermediate_values.items()},
+            "seconds": None if t.duration is None else round(t.duration.total_seconds(), 1),
+        }
+        for t in study.trials
+    ]  # fmt: skip
+    command = shlex.join(["python", "-m", "agents.tune", *sys.argv[1:]])
+    best = SPACES[base.algorithm](cast("optuna.Trial", study.best_trial))  # gives back what it was given
+    own = base.model_dump(exclude={"algorithm", "arguments", *(() if base.noise_type else ("noise_type", "noise_std"))})
+    search = study.user_attrs["search"]
+    write_json(folder / "study.json", {"command": command, "search": search, "trials": trials})
+    changed = {"n_timesteps": search["timesteps"], "n_envs": search["n_envs"]}
+    entry = {**own, **changed, **base.arguments, **best}
+    path = folder / "best.yml"
+    head = f"# Trial {study.best_trial.number} of {len(trials)}, validation return {study.best_value:.4g}: {command}\n"
+    path.write_text(head + yaml.safe_dump({ENV_ID: entry}, sort_keys=False), encoding="utf-8")
+    print(f"{path}: trial {study.best_trial.number} of {len(trials)}, validation return {study.best_value:.4g}")
+    return path
+
+
+def main() -> None:
+    """Entry point: a known error becomes one line and exit status 2."""
+    try:
+        tyro.cli(tune, description=tune.__doc__)
+    except UnlearnGymError as error:
+        print(f"agents.tune: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
