@@ -28,7 +28,7 @@ install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[metrics,agents,dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[metrics,agents,distributed,dev]"
 	touch $@
 
 clean:

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import joblib
 import numpy as np
 import torch
 import tyro
 from tqdm import tqdm
 
 import unlearn_gym
+from unlearn_gym.engines import run_calls
 from unlearn_gym.envs import SISSUnlearnEnv
-from unlearn_gym.errors import PolicyError, SettingsError, UnlearnGymError
+from unlearn_gym.errors import PolicyError, UnlearnGymError
 from unlearn_gym.evaluation.episode import policy_context, run_episode
 from unlearn_gym.evaluation.statistics import bootstrap_mean, holm, paired_difference, paired_p_value
 from unlearn_gym.evaluation.tables import NOTHING, estimate_text, markdown_table, p_text
@@ -48,20 +48,18 @@ class Score:
         return self.forgotten - RETAIN_COEF * max(0.0, self.damage)
 
 
-def run_instance(spec: str, instance: Instance, seed: int) -> Score:
-    """One episode of a policy on one instance."""
+def run_instance(key: str, spec: str, instance: Instance, seed: int) -> tuple[str, Score]:
+    """One episode of a policy on one instance, under its ``key``."""
     torch.set_num_threads(1)
     env = SISSUnlearnEnv(instance.task)
     env.reset(options={"instance": instance})
     policy = make_policy(spec, policy_context(env))
     episode = run_episode(env, policy, seed, probe_every=env.settings.horizon)
     if episode.diverged:
-        return Score(math.nan, math.nan, episode.episode_return, math.nan)
+        return key, Score(math.nan, math.nan, episode.episode_return, math.nan)
     forget, retain = episode.probe["forget_loss"], episode.probe["retain_loss"]
-    return Score(
-        math.log(forget[-1] / forget[0]), math.log(retain[-1] / retain[0]), episode.episode_return,
-        float(np.mean(episode.trace["lambda_"])),
-    )  # fmt: skip
+    changes = math.log(forget[-1] / forget[0]), math.log(retain[-1] / retain[0])
+    return key, Score(*changes, episode.episode_return, float(np.mean(episode.trace["lambda_"])))
 
 
 def transfer(
@@ -76,8 +74,6 @@ def transfer(
     One episode of each policy on each instance, all with the instance's own seed. Resumes: what OUT/results.json
     holds is not run again.
     """
-    if jobs < 1:
-        raise SettingsError(f"jobs={jobs} must be at least 1")
     everyone = tuple(dict.fromkeys((*statics, *policies)))
     sets = {name: load_instances(name) for name in on}
     cells = {}
@@ -88,13 +84,12 @@ def transfer(
     path = out / "results.json"
     found: dict[str, Any] = json.loads(path.read_text())["cells"] if path.is_file() else {}
     missing = {key: cell for key, cell in cells.items() if key not in found}
-    ran = joblib.Parallel(n_jobs=jobs, return_as="generator")(
-        joblib.delayed(run_instance)(spec, instance, number) for _, spec, number, instance in missing.values()
-    )
+    calls = [(key, spec, instance, number) for key, (_, spec, number, instance) in missing.items()]
+    ran = run_calls("joblib", run_instance, calls, jobs)
     out.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "agents.transfer", *sys.argv[1:]])
     about = {"command": command, "version": unlearn_gym.__version__, "retain_coef": RETAIN_COEF}
-    for count, (key, score) in enumerate(zip(missing, tqdm(ran, total=len(missing), unit="episode"), strict=True), 1):
+    for count, (key, score) in enumerate(tqdm(ran, total=len(missing), unit="episode"), start=1):
         name, spec, number, _ = missing[key]
         found[key] = {"set": name, "policy": spec, "instance": number, **vars(score)}
         if count % 50 == 0 or count == len(missing):

@@ -8,9 +8,8 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-import joblib
 import numpy as np
 import torch
 import tyro
@@ -19,6 +18,7 @@ import yaml
 from agents.config import AgentConfig, load_config
 from agents.training import Plan, train_agent
 from unlearn_gym import ENV_ID
+from unlearn_gym.engines import run_calls
 from unlearn_gym.errors import SettingsError, UnlearnGymError
 from unlearn_gym.files import write_json
 from unlearn_gym.tasks import get_task
@@ -82,6 +82,9 @@ def tune(
     n_envs: Annotated[int | None, help_(help="environments of each trial; default: n_envs of the config")] = None,
     seed: Annotated[int, help_(help="of the search and of the trainings")] = 0,
     jobs: Annotated[int, help_(help="trials at a time; the search then depends on their timing")] = 1,
+    engine: Annotated[
+        Literal["joblib", "ray"], help_(help="ray: on the cluster of $RAY_ADDRESS, whose machines must share OUT")
+    ] = "joblib",
     config: Annotated[Path | None, help_(help="what the trials vary; default: configs/agents/ALGO.yml")] = None,
     out: Annotated[Path | None, help_(help="default: runs/tune/TASK-ALGO-REWARD")] = None,
 ) -> Path:
@@ -110,7 +113,7 @@ def tune(
     _check_same_search(study, {**plan.as_json(), "timesteps": total}, folder)
     _retry_unfinished(study)
     search = functools.partial(_search, folder, plan, total, trials)
-    joblib.Parallel(n_jobs=jobs)(joblib.delayed(search)(seed + number) for number in range(jobs))
+    list(run_calls(engine, search, [(seed + number,) for number in range(jobs)], jobs))
     return _write_findings(_open_study(folder, seed), base, folder)
 
 

@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from unlearn_gym.evaluation.comparison import CellProgress
 
 Threads = Annotated[int | None, tyro.conf.arg(help="torch threads; default: torch's own choice")]
+EngineName = Annotated[
+    Literal["joblib", "ray"],
+    tyro.conf.arg(help="ray: on the cluster of $RAY_ADDRESS, else a local one (needs the extra 'distributed')"),
+]
 DataRoot = Annotated[
     Path | None,
     tyro.conf.arg(help="folder with torchvision's data; default: $UNLEARN_GYM_DATA_ROOT, else the shipped part"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from unlearn_gym.cli.arguments import DataRoot, Threads, cell_bar, invocation, set_threads
+from unlearn_gym.cli.arguments import DataRoot, EngineName, Threads, cell_bar, invocation, set_threads
 
 if TYPE_CHECKING:
     from unlearn_gym.evaluation.judge import EvaluationSettings
@@ -29,6 +29,7 @@ def compare(
     seeds: Annotated[int, tyro.conf.arg(help="runs of every policy")] = 3,
     first_seed: Annotated[int, tyro.conf.arg(help="seeds are FIRST_SEED, FIRST_SEED + 1, …")] = 0,
     jobs: Annotated[int, tyro.conf.arg(help="processes; the cores are shared among them")] = 1,
+    engine: EngineName = "joblib",
     out: Annotated[Path, tyro.conf.arg(help="folder of the results; the same folder resumes")] = Path("runs/compare"),
     forget_samples: ForgetSamples = 1000,
     quality_samples: QualitySamples = 1000,
@@ -55,7 +56,7 @@ def compare(
         evaluation=_evaluation(forget_samples, quality_samples, likelihood_samples, inception_weights),
         data_root=None if root is None else str(root.resolve()),
     )
-    results = run_comparison(comparison, out, jobs=jobs, command=invocation(), progress=cell_bar())
+    results = run_comparison(comparison, out, jobs=jobs, engine=engine, command=invocation(), progress=cell_bar())
     path = write_report(results, out)
     _print_tables(results)
     print(f"report: {path}\npictures: {out}/*.png\nraw values: {out}/results.json\ncurves: tensorboard --logdir {out}")
@@ -90,6 +91,7 @@ def experiment(
     name: Annotated[str, tyro.conf.Positional],
     quick: Annotated[bool, tyro.conf.arg(help="the small size, in minutes")] = False,
     jobs: Annotated[int, tyro.conf.arg(help="processes; the cores are shared among them")] = 1,
+    engine: EngineName = "joblib",
     out: Annotated[
         Path | None, tyro.conf.arg(help="default: runs/experiments/NAME (runs/quick/NAME); the same folder resumes")
     ] = None,
@@ -102,7 +104,7 @@ def experiment(
     root = resolve_data_root(data_root)
     folder = out or Path("runs") / ("quick" if quick else "experiments") / Path(name).stem
     page = run_experiment(
-        name, folder, quick=quick, jobs=jobs, command=invocation(), progress=cell_bar,
+        name, folder, quick=quick, jobs=jobs, engine=engine, command=invocation(), progress=cell_bar,
         data_root=None if root is None else str(root.resolve()),
     )  # fmt: skip
     print(page.read_text(), page, sep="\n")

@@ -14,10 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import joblib
 import torch
 
 import unlearn_gym
+from unlearn_gym.engines import run_calls
 from unlearn_gym.errors import PolicyError, ResultsError, SettingsError, TaskError, UnlearnGymError
 from unlearn_gym.evaluation.cell import (
     FINETUNE,
@@ -157,14 +157,16 @@ def run_comparison(
     *,
     store: CellStore | None = None,
     jobs: int = 1,
+    engine: str = "joblib",
     command: str = "",
     progress: CellProgress | None = None,
 ) -> Results:
     """Run every cell that neither ``store`` nor ``out`` holds yet, in ``jobs`` processes; writes ``results.json``.
 
-    Every finished cell is a file of its own in ``store`` (default: ``out/cells``), so an interrupted comparison
-    continues where it stopped, and cells of a ``results.json`` that another comparison left there are kept.
-    ``progress(cell, done, total)`` is called for every cell, and first with None.
+    ``engine``: see :func:`unlearn_gym.engines.run_calls`. Every finished cell is a file of its own in ``store``
+    (default: ``out/cells``), so an interrupted comparison continues where it stopped, and cells of a ``results.json``
+    that another comparison left there are kept. ``progress(cell, done, total)`` is called for every cell, and first with
+    None.
     """
     if jobs < 1:
         raise SettingsError(f"jobs={jobs} must be at least 1")
@@ -181,14 +183,12 @@ def run_comparison(
     for done, cell in enumerate(found.values(), start=1):
         report(cell, done, len(cells))
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
-    parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
     task = get_task(comparison.task)
-    for cell in parallel(
-        joblib.delayed(_run_and_keep)(task, comparison, store, out, *name, keys[name[0]], threads)
-        for name in cells
-        if name not in found
-    ):
+    calls = [(task, comparison, *name, keys[name[0]], threads) for name in cells if name not in found]
+    for cell in run_calls(engine, _run_keyed, calls, jobs) if calls else ():
         found[cell["policy"], cell["seed"]] = cell
+        write_curves(out / "tensorboard" / store.path(cell["policy"], cell["seed"], cell["key"]).stem, cell)
+        store.write(cell)
         report(cell, len(found), len(cells))
     raw = {
         "format": CELL_FORMAT,
@@ -209,21 +209,17 @@ def finished_cells(out: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _run_and_keep(
-    task: Task, comparison: Comparison, store: CellStore, out: Path, policy: str, seed: int, key: str,
-    threads: int | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Run a cell and store it, perhaps in a process that knows no task of the user's yet."""
+def _run_keyed(
+    task: Task, comparison: Comparison, policy: str, seed: int, key: str, threads: int | None
+) -> dict[str, Any]:
+    """Run a cell, perhaps in a process that knows no task of the user's yet."""
     if threads is not None:
         torch.set_num_threads(threads)
     if task.name not in task_names():
         register_task(task)
     c = comparison
     cell = run_cell(c.task, policy, seed, c.options, c.evaluation, c.data_root, keep_samples=c.keeps(seed))
-    cell |= {"key": key, "threads": torch.get_num_threads()}
-    write_curves(out / "tensorboard" / store.path(policy, seed, key).stem, cell)
-    store.write(cell)
-    return cell
+    return cell | {"key": key, "threads": torch.get_num_threads()}
 
 
 def agent_training(policy: str, task: str) -> dict[str, Any] | None:

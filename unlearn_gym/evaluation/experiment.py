@@ -118,7 +118,15 @@ def load_experiment(name: str) -> Experiment:
 
 
 def run_experiment(
-    name: str, out: Path, *, quick: bool, jobs: int, data_root: str | None, command: str, progress: Progress
+    name: str,
+    out: Path,
+    *,
+    quick: bool,
+    jobs: int,
+    data_root: str | None,
+    command: str,
+    progress: Progress,
+    engine: str = "joblib",
 ) -> Path:
     """Run what is not done yet, write each arm's results and report, and ``experiment.md`` over all of them.
 
@@ -139,7 +147,7 @@ def run_experiment(
         for arm, comparison in comparisons.items():
             store = CellStore(out.parent / "cells", finished_cells(out / arm))
             arms[arm] = run_comparison(
-                comparison, out / arm, store=store, jobs=jobs, command=command, progress=progress(arm)
+                comparison, out / arm, store=store, jobs=jobs, engine=engine, command=command, progress=progress(arm)
             )
     for arm, results in arms.items():
         write_report(results, out / arm)

@@ -1,0 +1,80 @@
+"""Cells on a local Ray of two workers: as in one process, whatever happens to a worker or to the driver."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from unlearn_gym import engines
+from unlearn_gym.engines import run_calls
+from unlearn_gym.errors import SettingsError
+from unlearn_gym.evaluation.comparison import run_comparison
+
+from .test_comparison import small, without_times
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray():
+    ray = engines._connect(2)
+    yield
+    ray.shutdown()
+
+
+def square(number: int) -> int:
+    return number**2
+
+
+def die_once(folder: Path, number: int) -> int:
+    """Kills its own process the first time that it is asked for 1."""
+    mark = folder / "died"
+    if number == 1 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number**2
+
+
+def refuse(number: int) -> int:
+    raise SettingsError(f"number={number}")
+
+
+@pytest.mark.parametrize("engine", ["joblib", "ray"])
+def test_every_call_is_made_once(engine):
+    assert sorted(run_calls(engine, square, [(i,) for i in range(7)], 2)) == [0, 1, 4, 9, 16, 25, 36]
+
+
+def test_a_killed_workers_calls_are_made_again(tmp_path):
+    assert sorted(run_calls("ray", die_once, [(tmp_path, i) for i in range(4)], 2)) == [0, 1, 4, 9]
+    assert (tmp_path / "died").exists()
+
+
+@pytest.mark.parametrize("engine", ["joblib", "ray"])
+def test_an_error_of_a_call_arrives_as_it_is(engine):
+    with pytest.raises(SettingsError, match=r"^number=3$"):
+        list(run_calls(engine, refuse, [(3,)], 2))
+
+
+def test_cells_on_ray_are_those_of_one_process_and_a_restarted_driver_runs_none_twice(tmp_path):
+    def interrupt(cell, done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    serial = run_comparison(small(), tmp_path / "serial")
+    with pytest.raises(KeyboardInterrupt):
+        run_comparison(small(), tmp_path / "ray", jobs=2, engine="ray", progress=interrupt)
+    kept = {p: p.read_bytes() for p in (tmp_path / "ray" / "cells").iterdir()}
+    assert len(kept) >= 3
+    on_ray = run_comparison(small(), tmp_path / "ray", jobs=2, engine="ray")
+    assert without_times(on_ray) == without_times(serial)
+    assert all(path.read_bytes() == content for path, content in kept.items())
+
+
+def test_another_engine_is_named():
+    with pytest.raises(SettingsError, match="engine='dask' must be one of joblib, ray"):
+        run_calls("dask", square, [(1,)], 1)
+    with pytest.raises(SettingsError, match="jobs=0"):
+        run_calls("ray", square, [(1,)], 0)

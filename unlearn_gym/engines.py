@@ -1,0 +1,60 @@
+"""Where independent calls run: in processes of this machine by joblib, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, get_args
+
+import joblib
+
+from unlearn_gym.errors import SettingsError
+
+Engine = Literal["joblib", "ray"]
+RETRIES = 5
+"""How often a call is made again whose Ray worker died."""
+
+
+def run_calls(engine: str, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], jobs: int) -> Iterator[Any]:
+    """The values of ``function(*call)`` for all ``calls``, as they come.
+
+    ``"joblib"``: in ``jobs`` processes of this machine. ``"ray"``: as tasks of one core each on the cluster that
+    ``RAY_ADDRESS`` names, or else on a local one of ``jobs`` cores; a call whose worker dies is made again, one that
+    raises is not. Raises ``SettingsError`` for another engine, for ``jobs`` below 1 and where Ray is missing.
+    """
+    if jobs < 1:
+        raise SettingsError(f"jobs={jobs} must be at least 1")
+    if engine not in get_args(Engine):
+        raise SettingsError(f"engine={engine!r} must be one of {', '.join(get_args(Engine))}")
+    if engine == "ray":
+        return _on_ray(function, calls, jobs)
+    parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
+    return iter(parallel(joblib.delayed(function)(*call) for call in calls))
+
+
+def _on_ray(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], jobs: int) -> Iterator[Any]:
+    ray = _connect(jobs)
+    remote = ray.remote(num_cpus=1, max_retries=RETRIES)(function)
+    pending = [remote.remote(*call) for call in calls]
+    try:
+        while pending:
+            done, pending = ray.wait(pending)
+            try:
+                yield from ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None  # Ray's own carries the worker's traceback in its message
+    finally:
+        for call in pending:
+            ray.cancel(call, force=True)
+
+
+def _connect(jobs: int) -> Any:
+    """Ray, connected to the cluster."""
+    try:
+        import ray
+    except ImportError:
+        raise SettingsError("engine='ray' needs Ray; install it with: pip install 'unlearn_gym[distributed]'") from None
+    if not ray.is_initialized():
+        local: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": jobs, "include_dashboard": False}
+        ray.init(log_to_driver=False, **local)
+    return ray
