@@ -9,6 +9,10 @@ class SettingsError(UnlearnGymError, ValueError):
     """An option that does not exist or has no valid value."""
 
 
+class UnknownOptionError(SettingsError, TypeError):
+    """An option that does not exist, in Python's words: wrappers that try options out, as TorchRL's, read them."""
+
+
 class TaskError(UnlearnGymError, LookupError):
     """A task that is not registered, or one that cannot do what it is asked."""
 

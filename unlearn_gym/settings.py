@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from unlearn_gym.errors import SettingsError
+from unlearn_gym.errors import SettingsError, UnknownOptionError
 
 MAKER_ARGUMENTS = {
     **dict.fromkeys(("task", "instances", "render_mode", "data_root", "download"), "gym.make and gym.make_vec"),
@@ -120,7 +120,7 @@ class RunSettings(BaseModel):
                 close = difflib.get_close_matches(name, [*type(self).model_fields, *MAKER_ARGUMENTS], n=1)
                 known = ", ".join([*type(self).model_fields, *MAKER_ARGUMENTS])
                 hint = f"did you mean {close[0]!r}?" if close else f"known: {known}"
-                raise SettingsError(f"unknown option {name!r}; {hint}")
+                raise UnknownOptionError(f"got an unexpected keyword argument {name!r}; {hint}")
         try:
             return type(self).model_validate({**self.model_dump(), **options})
         except ValidationError as error:

@@ -14,6 +14,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "compare": evidence.compare,
     "report": evidence.report,
     "experiment": evidence.experiment,
+    "agents": evidence.agents,
     "evaluate": evidence.evaluate,
     "metrics": evidence.metrics,
     "bench": evidence.bench,

@@ -226,3 +226,24 @@ def bench(
         table.add_row(*figure.cells())
     console.print(table)
     print(f"raw values: {out}/bench.json\ntable: {out}/bench.md")
+
+
+def agents() -> None:
+    """List the agents that ship: what each was trained on, how long, and how to use it."""
+    import json
+
+    from unlearn_gym.evaluation.tables import markdown_table
+    from unlearn_gym.policies.registry import SHIPPED_AGENTS
+
+    rows = []
+    for path in sorted(SHIPPED_AGENTS.glob("*/*.zip")):
+        manifest = json.loads(path.with_suffix(".json").read_text())
+        trained_on = manifest.get("instances") or manifest["task"]
+        rows.append(
+            [
+                path.stem, path.parent.name, manifest.get("algorithm", "ppo"), trained_on, manifest["reward"],
+                str(manifest["seed"]), f"{manifest['timesteps']:,}", f"{manifest['seconds'] / 60:.1f}", str(path),
+            ]
+        )  # fmt: skip
+    header = ["policy", "for task", "algorithm", "trained on", "reward", "seed", "steps", "minutes", "file"]
+    print(markdown_table(header, rows))

@@ -165,8 +165,8 @@ def run_comparison(
 
     ``engine``: see :func:`unlearn_gym.engines.run_calls`. Every finished cell is a file of its own in ``store``
     (default: ``out/cells``), so an interrupted comparison continues where it stopped, and cells of a ``results.json``
-    that another comparison left there are kept. ``progress(cell, done, total)`` is called for every cell, and first with
-    None.
+    that another comparison left there are kept. ``progress(cell, done, total)`` is called for every cell, and first
+    with None.
     """
     if jobs < 1:
         raise SettingsError(f"jobs={jobs} must be at least 1")
