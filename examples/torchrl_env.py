@@ -18,9 +18,8 @@ def main(task: str = "gaussians-2d") -> float:
     env.set_seed(0)
     episode = env.rollout(max_steps=1000)
     total = episode["next", "episode_reward"][-1].item()
-    print(
-        f"{len(episode)} updates, λ from {episode['action'].min():.2f} to {episode['action'].max():.2f}, return {total:.2f}"
-    )
+    low, high = episode["action"].min().item(), episode["action"].max().item()
+    print(f"{len(episode)} updates, λ from {low:.2f} to {high:.2f}, return {total:.2f}")
     return total
 
 

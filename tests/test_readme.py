@@ -21,6 +21,29 @@ def test_python_blocks_run(block):
     assert "env" in namespace
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.stem)
+def test_python_blocks_of_the_documentation_run(page):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        exec(compile(block, page.name, "exec"), {"__name__": "block"})
+
+
+def test_the_policies_of_ones_own_in_the_documentation_stand_in_a_report(tmp_path, monkeypatch):
+    from unlearn_gym.evaluation.comparison import Comparison, run_comparison
+    from unlearn_gym.evaluation.judge import EvaluationSettings
+    from unlearn_gym.evaluation.report import write_report
+
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "policies.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "mine.py").write_text(blocks[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    policies = ("static:0.5", "mine:Follow", "mine:middle")
+    comparison = Comparison("gaussians-2d", policies, (0,), {"horizon": 5}, EvaluationSettings(250, 250))
+    results = run_comparison(comparison, tmp_path / "out")
+    write_report(results, tmp_path / "out")
+    assert all(policy in (tmp_path / "out" / "report.md").read_text() for policy in policies)
+    assert results.values("mine:middle", "forget_loss") == results.values("static:0.5", "forget_loss")
+
+
 def test_every_command_named_exists():
     named = set(re.findall(r"`unlearn-gym ([a-z-]+)", README))
     assert named
