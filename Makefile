@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint benchmarks wheel install clean
+.PHONY: demo test lint docs benchmarks wheel install clean
 
 demo: $(INSTALLED)  ## the main job on the shipped data: compare policies, print the table
 	$(BIN)/unlearn-gym compare --policies static:0.1 static:0.5 static:0.9 variational:pathwise variational:variance ppo \
@@ -16,6 +16,9 @@ lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)  ## the documentation site, in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 benchmarks: $(INSTALLED)  ## pytest-benchmark files, for comparing two versions on one machine
 	$(BIN)/python -m pytest tests/benchmarks/bench_*.py
