@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 from unlearn_gym.cli.arguments import DataRoot, Threads, invocation, required_root, set_threads, training_bar
 
 
@@ -79,7 +81,7 @@ def build_data(
     print(f"{out}: sha256 {builders[task](out, required_root(data_root), download=download)}")
 
 
-def build_instances(ranges: Path, out: Path | None = None) -> None:
+def build_instances(ranges: tyro.conf.Positional[Path], out: Path | None = None) -> None:
     """Draw the training and test instances that a YAML file of ranges describes (seeded)."""
     from unlearn_gym.instances import INSTANCES
     from unlearn_gym.instances import build_instances as build
