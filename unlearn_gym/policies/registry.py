@@ -20,13 +20,14 @@ from unlearn_gym.tasks import get_task
 
 SCHEDULES = {"linear": open_loop.linear, "cosine": open_loop.cosine, "exponential": open_loop.exponential}
 DRAWS = {"prior": open_loop.prior_draw, "random": open_loop.uniform_draw}
-SHIPPED_NAMES = ("ppo", "ppo-potential")
+SHIPPED_AGENTS = Path(str(files("unlearn_gym"))) / "assets" / "agents"
+SHIPPED_NAMES = tuple(sorted({path.stem for path in SHIPPED_AGENTS.glob("*/*.zip")}))
+"""Agents that ship for at least one task."""
 BUILT_IN = ("static", "variational", *SHIPPED_NAMES, *DRAWS, *SCHEDULES)
 USAGE = (
     "static:λ, prior, random, linear[:from:to], cosine[:from:to], exponential[:from:to], "
-    f"{FORM}, ppo, ppo-potential, a path to an SB3 .zip, module:attribute"
+    f"{FORM}, {', '.join(SHIPPED_NAMES)}, a path to an SB3 .zip, module:attribute"
 )
-SHIPPED_AGENTS = Path(str(files("unlearn_gym"))) / "assets" / "agents"
 
 
 def make_policy(spec: str, context: PolicyContext) -> LambdaPolicy:
