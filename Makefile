@@ -18,7 +18,7 @@ lint: $(INSTALLED)  ## style and types
 	$(BIN)/mypy
 
 docs: $(INSTALLED)  ## the documentation site, in build/site; warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 benchmarks: $(INSTALLED)  ## pytest-benchmark files, for comparing two versions on one machine
 	$(BIN)/python -m pytest tests/benchmarks/bench_*.py

@@ -26,6 +26,8 @@ class UnlearnScalars(BaseCallback):
 
     def _on_step(self) -> bool:
         for info in self.locals["infos"]:
+            if "terms" not in info:  # a worker died, and with it what it had measured
+                continue
             for name, values in self._values.items():
                 values.append(info["terms"][name])
         if self.num_timesteps - self._logged_at >= LOG_EVERY:

@@ -18,6 +18,7 @@ from stable_baselines3.common.noise import NormalActionNoise
 from unlearn_gym import ENV_ID
 from unlearn_gym.errors import SettingsError, error_line
 from unlearn_gym.settings import describe_validation_error
+from unlearn_gym.tasks import get_task
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "agents"
 ALGORITHMS = {
@@ -95,12 +96,14 @@ def load_config(algorithm: str, task: str, path: Path | None = None, **changes: 
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"cannot read {path} ({error_line(error)}); name a config with --config") from None
-    if not isinstance(content, dict) or not isinstance(content.get(ENV_ID), dict):
+    if not isinstance(content, dict) or ENV_ID not in content:
         raise SettingsError(f"{path} has no entry {ENV_ID!r}; key it by the environment's id")
     _check_keys(content, path)
     entry = {**content[ENV_ID], **(content.get(f"{ENV_ID}@{task}") or {}), **changes}
     if "noise_type" in entry and "action_noise" not in known:
         raise SettingsError(f"{path}: noise_type={entry['noise_type']!r} is for td3 and sac; {algorithm} has none")
+    if "noise_std" in entry and "noise_type" not in entry:
+        raise SettingsError(f"{path}: noise_std={entry['noise_std']!r} goes with noise_type: normal")
     own = {k: entry.pop(k) for k in list(entry) if k in AgentConfig.model_fields}
     for key in entry:
         if key not in known:
@@ -123,6 +126,11 @@ def _constructor_arguments(algorithm: str) -> list[str]:
 
 def _check_keys(content: dict[Any, Any], path: Path) -> None:
     """Every entry is the environment's, or that of one of its tasks: another would be read by nobody."""
-    for key in content:
-        if key != ENV_ID and not str(key).startswith(f"{ENV_ID}@"):
+    for key, entry in content.items():
+        name, at, task = str(key).partition("@")
+        if name != ENV_ID or (at and not task):
             raise SettingsError(f"{path}: nobody reads the entry {key!r}; name it {ENV_ID!r} or '{ENV_ID}@<task>'")
+        if at:
+            get_task(task)
+        if not isinstance(entry, dict):
+            raise SettingsError(f"{path}: the entry {key!r} is {entry!r}; give it keys and values")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import csv
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from PIL import Image
 
+from agents.main import run_command
 from unlearn_gym.envs import SISSUnlearnEnv
-from unlearn_gym.errors import SettingsError, UnlearnGymError
+from unlearn_gym.errors import SettingsError
 from unlearn_gym.evaluation.episode import Episode, policy_context, run_episode
 from unlearn_gym.instances import load_instances
 from unlearn_gym.policies import make_policy
@@ -24,7 +24,8 @@ def enjoy(
     policy: Annotated[tyro.conf.Positional[str], help_(help="an agent's .zip, 'ppo', or any policy of 'compare'")],
     task: Annotated[str, help_(help="a task's name")] = "mnist-trousers",
     instances: Annotated[str | None, help_(help="in place of a task an instance of a set")] = None,
-    instance: Annotated[int, help_(help="which one of the set")] = 0,
+    instance: Annotated[int | None, help_(help="which one of the set; default: the first")] = None,
+    observation: Annotated[str, help_(help="'paper' or 'extended', as the agent was trained with")] = "paper",
     seed: Annotated[int, help_(help="of the episode")] = 0,
     frame_every: Annotated[int, help_(help="updates between frames")] = 3,
     out: Annotated[Path, help_(help="folder of episode.gif and lambda.csv")] = Path("runs/enjoy"),
@@ -32,11 +33,14 @@ def enjoy(
     """Run one episode of a policy; writes episode.gif (samples, λ and losses along the run) and lambda.csv."""
     if frame_every < 1:
         raise SettingsError(f"frame_every={frame_every} must be at least 1")
+    if instance is not None and instances is None:
+        raise SettingsError(f"instance={instance} goes with --instances")
     known = None if instances is None else load_instances(instances)
-    if known and not 0 <= instance < len(known):
-        raise SettingsError(f"instance={instance}: {instances} has {len(known)}, numbered from 0")
-    env = SISSUnlearnEnv(known[instance].task if known else task, render_mode="rgb_array")
-    env.reset(options={"instance": known[instance]} if known else None)
+    number = instance or 0
+    if known and not 0 <= number < len(known):
+        raise SettingsError(f"instance={number}: {instances} has {len(known)}, numbered from 0")
+    env = SISSUnlearnEnv(known[number].task if known else task, render_mode="rgb_array", observation=observation)
+    env.reset(options={"instance": known[number]} if known else None)
     chosen = make_policy(policy, policy_context(env))
     frames: list[Image.Image] = []
 
@@ -59,14 +63,5 @@ def enjoy(
     return episode
 
 
-def main() -> None:
-    """Entry point: a known error becomes one line and exit status 2."""
-    try:
-        tyro.cli(enjoy, description=enjoy.__doc__)
-    except UnlearnGymError as error:
-        print(f"agents.enjoy: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    run_command("enjoy", enjoy)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import stable_baselines3
 import tyro
 
 import unlearn_gym
 from agents.callbacks import Bar, UnlearnScalars
 from agents.config import load_config
+from agents.main import invocation, run_command
 from agents.training import FIRST_VALIDATION_SEED, Plan, read_stages, train_agent
-from unlearn_gym.errors import SettingsError, UnlearnGymError
+from unlearn_gym.errors import SettingsError
 from unlearn_gym.files import sha256, write_json
+from unlearn_gym.tasks import get_task
 
 help_ = tyro.conf.arg
 
@@ -48,7 +49,7 @@ def train(
     seeds and a checkpoint; best_model.zip is the best so far. At the end agent.zip is the last one, with a manifest
     beside it. Curves: tensorboard --logdir OUT/tensorboard. Use it: unlearn-gym compare --policies OUT/agent.zip ...
     """
-    tasks = task if task or instances else ("mnist-trousers",)
+    tasks = tuple(get_task(name).name for name in (task if task or instances else ("mnist-trousers",)))
     settings = load_config(algo, tasks[0] if len(tasks) == 1 else instances or "", config)
     total = settings.n_timesteps if timesteps is None else timesteps
     if total < 1:
@@ -63,7 +64,7 @@ def train(
     agent.save(path)
     stages = read_stages(plan, folder)
     manifest = {
-        "command": shlex.join(["python", "-m", "agents.train", *sys.argv[1:]]),
+        "command": invocation("train"),
         "task": tasks[0] if len(tasks) == 1 else None, "tasks": tasks, "instances": instances, "algorithm": algo,
         "reward": reward, "seed": seed, "training_seeds_from": plan.stage_seed(0),
         "validation_seeds_from": FIRST_VALIDATION_SEED, "timesteps": agent.num_timesteps, "n_envs": workers,
@@ -73,18 +74,12 @@ def train(
         "sha256": sha256(path),
     }  # fmt: skip
     write_json(path.with_suffix(".json"), manifest)
+    best = max(stages, key=lambda stage: float(np.mean(stage["returns"])))
+    best_manifest = {**manifest, "timesteps": best["timesteps"], "sha256": best["sha256"]}
+    write_json(folder / "best_model.json", best_manifest)
     print(f"{path}: {agent.num_timesteps} steps in {manifest['seconds']} s")
     return path
 
 
-def main() -> None:
-    """Entry point: a known error becomes one line and exit status 2."""
-    try:
-        tyro.cli(train, description=train.__doc__)
-    except UnlearnGymError as error:
-        print(f"agents.train: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    run_command("train", train)

@@ -20,6 +20,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -32,6 +33,8 @@ from unlearn_gym import ENV_ID
 from unlearn_gym.envs import SB3VecEnv
 from unlearn_gym.errors import SettingsError, error_line
 from unlearn_gym.files import sha256, write_json
+from unlearn_gym.instances import load_instances
+from unlearn_gym.settings import describe_validation_error
 
 FIRST_TRAINING_SEED = 1_000_000
 """Training seeds begin here and validation seeds at twice that; a comparison's begin at 0."""
@@ -40,6 +43,24 @@ SEEDS_PER_TRAINING = 10_000
 BUFFER_ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 
 StageDone = Callable[[dict[str, Any]], None]
+
+
+class Stage(BaseModel):
+    """A finished stage: environment steps in all, returns of its validation, and its checkpoint's SHA-256."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    timesteps: int
+    returns: list[float]
+    seconds: float
+    sha256: str
+
+
+class Progress(BaseModel):
+    """What ``progress.json`` holds."""
+
+    plan: dict[str, Any]
+    stages: list[Stage]
 
 
 @dataclass(frozen=True)
@@ -60,6 +81,12 @@ class Plan:
         """Raise what is out of range."""
         if bool(self.tasks) == bool(self.instances):
             raise SettingsError("give tasks, or a set of instances, and not both")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise SettingsError(
+                f"device {self.device!r} cannot be used here ({error_line(error)}); try 'cpu'"
+            ) from None
         for name in ("n_envs", "eval_every", "eval_episodes"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name}={getattr(self, name)} must be at least 1")
@@ -70,6 +97,7 @@ class Plan:
         """As it stands in ``progress.json``."""
         plan: dict[str, Any] = json.loads(json.dumps({**asdict(self), "config": self.config.model_dump()}))
         plan["config"].pop("n_timesteps")
+        plan["instances"] = [i.as_info() for i in load_instances(self.instances)] if self.instances else None
         return plan
 
     def stage_seed(self, stage: int) -> int:
@@ -135,14 +163,15 @@ def read_stages(plan: Plan, folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        content = json.loads(path.read_text())
-        found, stages = content["plan"], content["stages"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise SettingsError(f"{path} is damaged ({error_line(error)}); choose another --out or delete it") from None
-    differing = [key for key, value in plan.as_json().items() if found.get(key) != value]
+        content = Progress.model_validate_json(path.read_text())
+    except ValidationError as error:
+        raise SettingsError(
+            f"{path} is damaged ({describe_validation_error(error)}); choose another --out or delete it"
+        ) from None
+    differing = [key for key, value in plan.as_json().items() if content.plan.get(key) != value]
     if differing:
         raise SettingsError(f"{folder} holds a training with another {', '.join(differing)}; choose another --out")
-    return list(stages)
+    return [stage.model_dump() for stage in content.stages]
 
 
 def _validate(plan: Plan, agent: BaseAlgorithm, validation: VecEnv) -> dict[str, Any]:
@@ -162,7 +191,7 @@ def _keep(plan: Plan, agent: BaseAlgorithm, stages: list[dict[str, Any]], folder
     agent.save(checkpoint / "agent.zip")
     buffer = getattr(agent, "replay_buffer", None)
     if isinstance(buffer, ReplayBuffer):
-        arrays = {name: getattr(buffer, name) for name in BUFFER_ARRAYS}
+        arrays = {name: getattr(buffer, name) for name in BUFFER_ARRAYS if hasattr(buffer, name)}
         np.savez_compressed(checkpoint / "replay.npz", position=[buffer.pos, buffer.full], **arrays)
     means = [np.mean(stage["returns"]) for stage in stages]
     if int(np.argmax(means)) == len(means) - 1:
@@ -178,7 +207,7 @@ def _restore(plan: Plan, folder: Path, stages: list[dict[str, Any]], env: VecEnv
     """The agent of the last checkpoint; raises ``SettingsError`` when it is not the file that was written."""
     checkpoint = folder / "checkpoints" / str(stages[-1]["timesteps"])
     path = checkpoint / "agent.zip"
-    remedy = f"delete the last stage of {folder / 'progress.json'}, or start anew in another --out"
+    remedy = "start anew in another --out"
     if not path.is_file() or sha256(path) != stages[-1]["sha256"]:
         raise SettingsError(f"{path} is missing or damaged; {remedy}")
     agent = algorithm_class(plan.config.algorithm).load(path, env=env, device=plan.device)
@@ -186,7 +215,7 @@ def _restore(plan: Plan, folder: Path, stages: list[dict[str, Any]], env: VecEnv
     if isinstance(buffer, ReplayBuffer):
         try:
             with np.load(checkpoint / "replay.npz", allow_pickle=False) as arrays:
-                for name in BUFFER_ARRAYS:
+                for name in (name for name in BUFFER_ARRAYS if hasattr(buffer, name)):
                     getattr(buffer, name)[:] = arrays[name]
                 buffer.pos, buffer.full = int(arrays["position"][0]), bool(arrays["position"][1])
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:

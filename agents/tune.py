@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -16,10 +14,11 @@ import tyro
 import yaml
 
 from agents.config import AgentConfig, load_config
-from agents.training import Plan, train_agent
+from agents.main import invocation, run_command
+from agents.training import Plan, read_stages, train_agent
 from unlearn_gym import ENV_ID
 from unlearn_gym.engines import run_calls
-from unlearn_gym.errors import SettingsError, UnlearnGymError
+from unlearn_gym.errors import SettingsError
 from unlearn_gym.files import write_json
 from unlearn_gym.tasks import get_task
 
@@ -98,34 +97,40 @@ def tune(
     except ImportError:
         raise SettingsError("agents.tune needs optuna; install it with: pip install 'unlearn_gym[agents]'") from None
     base = load_config(algo, task, config)
-    for name, value in (("trials", trials), ("stages", stages), ("jobs", jobs), ("timesteps", timesteps or 1)):
+    for name, value in (
+        ("trials", trials),
+        ("stages", stages),
+        ("jobs", jobs),
+        ("timesteps", 1 if timesteps is None else timesteps),
+    ):
         if value < 1:
             raise SettingsError(f"{name}={value} must be at least 1")
-    total = timesteps or base.n_timesteps
+    total = base.n_timesteps if timesteps is None else timesteps
     every = -(-total // stages)
-    plan = Plan(base, (task,), None, {"reward": reward}, seed, n_envs or base.n_envs, every, eval_episodes)
+    plan = Plan(
+        base, (task,), None, {"reward": reward}, seed, base.n_envs if n_envs is None else n_envs, every, eval_episodes
+    )
     plan.validate()
     get_task(task).settings.override(reward=reward)
-    folder = out or Path("runs/tune") / f"{plan.name}-{algo}-{reward}"
+    _try_settings(plan)
+    folder = (out or Path("runs/tune") / f"{plan.name}-{algo}-{reward}").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = _open_study(folder, seed)
+    study = _open_study(folder)
     _check_same_search(study, {**plan.as_json(), "timesteps": total}, folder)
     _retry_unfinished(study)
-    search = functools.partial(_search, folder, plan, total, trials)
-    list(run_calls(engine, search, [(seed + number,) for number in range(jobs)], jobs))
-    return _write_findings(_open_study(folder, seed), base, folder)
+    list(run_calls(engine, _search, [(folder, plan, total, trials, seed + number) for number in range(jobs)], jobs))
+    return _write_findings(_open_study(folder), base, folder)
 
 
-def _open_study(folder: Path, seed: int) -> optuna.Study:
+def _open_study(folder: Path) -> optuna.Study:
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
     return optuna.create_study(
         study_name=STUDY, storage=JournalStorage(JournalFileBackend(str(folder / "journal.log"))), load_if_exists=True,
-        direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=5),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
+        direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
     )  # fmt: skip
 
 
@@ -139,26 +144,45 @@ def _check_same_search(study: optuna.Study, search: dict[str, Any], folder: Path
 
 
 def _retry_unfinished(study: optuna.Study) -> None:
-    """Trials that were running when their process died are asked for again; their trainings go on where they were."""
+    """Trials that were cut off are asked for again; their trainings go on where they were."""
     from optuna.trial import TrialState
 
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
-        study.enqueue_trial(trial.params, user_attrs={"folder": trial.user_attrs.get("folder", str(trial.number))})
+    taken_up = {_folder(trial) for trial in study.trials if trial.state is not TrialState.FAIL}
+    for trial in study.get_trials(states=(TrialState.FAIL,)):
+        if _folder(trial) not in taken_up:
+            taken_up.add(_folder(trial))
+            study.enqueue_trial(trial.params, user_attrs={"folder": _folder(trial)})
+
+
+def _folder(trial: optuna.Trial | optuna.trial.FrozenTrial) -> str:
+    """Where a trial's training is, below ``trials``: a trial that takes up another one has that one's."""
+    return str(trial.user_attrs.get("folder", trial.number))
+
+
+def _try_settings(plan: Plan) -> None:
+    """Raise what every trial would raise."""
+    env = dataclasses.replace(plan, n_envs=1).make_env()
+    try:
+        plan.config.make(env)
+    finally:
+        env.close()
 
 
 def _search(folder: Path, plan: Plan, total: int, trials: int, seed: int) -> None:
     """Run trials until the study has so many; one of perhaps several processes."""
+    import optuna
     from optuna.study import MaxTrialsCallback
     from optuna.trial import TrialState
 
     torch.set_num_threads(1)
-    study = _open_study(folder, seed)
+    study = _open_study(folder)
+    study.sampler = optuna.samplers.TPESampler(seed=seed + 1000 * len(study.trials), n_startup_trials=5)
     counted = (TrialState.COMPLETE, TrialState.PRUNED)
     if len(study.get_trials(states=counted)) < trials:
         study.optimize(
-            functools.partial(_try, folder, plan, total), callbacks=[MaxTrialsCallback(trials, states=counted)],
-            catch=(SettingsError,),
+            functools.partial(_try, folder, plan, total), callbacks=[MaxTrialsCallback(trials, states=counted)]
         )  # fmt: skip
 
 
@@ -166,19 +190,21 @@ def _try(folder: Path, plan: Plan, total: int, trial: optuna.Trial) -> float:
     """Train with the settings that ``trial`` proposes; the mean return at the last validation."""
     import optuna
 
-    where = trial.user_attrs.get("folder", str(trial.number))
-    trial.set_user_attr("folder", where)
+    where = folder / "trials" / _folder(trial)
+    trial.set_user_attr("folder", where.name)
     arguments = {**plan.config.arguments, **SPACES[plan.config.algorithm](trial)}
     own = dataclasses.replace(plan, config=plan.config.model_copy(update={"arguments": arguments}))
     means: list[float] = []
 
     def stage_done(stage: dict[str, Any]) -> None:
         means.append(float(np.mean(stage["returns"])))
-        trial.report(means[-1], stage["timesteps"])
+        trial.report(means[-1], len(means))
         if trial.should_prune():
             raise optuna.TrialPruned
 
-    train_agent(own, folder / "trials" / where, total, callbacks=[], stage_done=stage_done)
+    for stage in read_stages(own, where):
+        stage_done(stage)
+    train_agent(own, where, total, callbacks=[], stage_done=stage_done)
     return means[-1]
 
 
@@ -192,7 +218,7 @@ def _write_findings(study: optuna.Study, base: AgentConfig, folder: Path) -> Pat
         }
         for t in study.trials
     ]  # fmt: skip
-    command = shlex.join(["python", "-m", "agents.tune", *sys.argv[1:]])
+    command = invocation("tune")
     best = SPACES[base.algorithm](cast("optuna.Trial", study.best_trial))  # gives back what it was given
     own = base.model_dump(exclude={"algorithm", "arguments", *(() if base.noise_type else ("noise_type", "noise_std"))})
     search = study.user_attrs["search"]
@@ -206,14 +232,5 @@ def _write_findings(study: optuna.Study, base: AgentConfig, folder: Path) -> Pat
     return path
 
 
-def main() -> None:
-    """Entry point: a known error becomes one line and exit status 2."""
-    try:
-        tyro.cli(tune, description=tune.__doc__)
-    except UnlearnGymError as error:
-        print(f"agents.tune: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    run_command("tune", tune)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import io
 import json
@@ -16,11 +17,15 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import A2C, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 
+from agents.callbacks import UnlearnScalars
 from agents.config import ALGORITHMS, algorithm_class, load_config
+from agents.enjoy import enjoy
 from agents.training import FIRST_VALIDATION_SEED, Plan, read_stages, train_agent
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.errors import PolicyError, SettingsError
@@ -89,6 +94,61 @@ def test_training_on_a_set_resumes_exactly_too(what, tmp_path):
     train_agent(plan, tmp_path / "parts", 32, callbacks=[], stage_done=lambda stage: None)
     parts = train_agent(plan, tmp_path / "parts", 64, callbacks=[], stage_done=lambda stage: None)
     assert all(map(torch.equal, parameters(whole), parameters(parts)))
+
+
+def test_a_worker_that_dies_does_not_end_the_training(tmp_path):
+    class Kill(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps == 8:
+                self.training_env.venv.env.envs.workers[0].process.kill()
+            return True
+
+    plan = small_plan("ppo")
+    with pytest.warns(UserWarning, match="worker 0 died"):
+        agent = train_agent(plan, tmp_path, 16, callbacks=[Kill(), UnlearnScalars()], stage_done=lambda stage: None)
+    assert agent.num_timesteps == 16
+
+
+def test_a_killed_training_goes_on_to_the_same_agent(tmp_path):
+    """Killed by the system between the checkpoint and the note that names it: that stage is made again."""
+    script = (
+        "import os, sys; from pathlib import Path; import agents.training as t\n"
+        "from tests.test_agents import small_plan\n"
+        "t.write_json = lambda *a: os.kill(os.getpid(), 9)\n"
+        "t.train_agent(small_plan('sac', n_envs=1), Path(sys.argv[1]), 32, callbacks=[], stage_done=print)\n"
+    )
+    plan = small_plan("sac", n_envs=1)
+    train_agent(plan, tmp_path / "parts", 16, callbacks=[], stage_done=lambda stage: None)
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "parts")], cwd=ROOT, check=False)
+    assert killed.returncode == -9
+    assert [p.name for p in (tmp_path / "parts" / "checkpoints").iterdir() if p.name != "16"]
+    parts = train_agent(plan, tmp_path / "parts", 32, callbacks=[], stage_done=lambda stage: None)
+    whole = train_agent(plan, tmp_path / "whole", 32, callbacks=[], stage_done=lambda stage: None)
+    assert all(map(torch.equal, parameters(whole), parameters(parts)))
+
+
+def test_changed_instances_are_another_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for horizon in (4, 5):
+        one = {"task": "gaussians-2d", "horizon": horizon}
+        Path("mine.json").write_text(json.dumps({"train": [one], "test": [{"task": "gaussians-2d:3"}]}))
+        plan = small_plan("ppo", tasks=(), instances="mine.json/train", options={})
+        if horizon == 4:
+            train_agent(plan, tmp_path / "out", 16, callbacks=[], stage_done=lambda stage: None)
+    with pytest.raises(SettingsError, match="another instances"):
+        train_agent(plan, tmp_path / "out", 16, callbacks=[], stage_done=lambda stage: None)
+
+
+def test_enjoy_leaves_a_gif_and_the_trace(tmp_path):
+    enjoy("static:0.3", task="gaussians-2d", frame_every=30, out=tmp_path)
+    with Image.open(tmp_path / "episode.gif") as gif:
+        assert gif.n_frames == 3
+    rows = list(csv.DictReader((tmp_path / "lambda.csv").read_text().splitlines()))
+    assert [float(row["lambda_"]) for row in rows] == pytest.approx([0.3] * 60)
+    with pytest.raises(SettingsError, match="instance=99"):
+        enjoy("static:0.3", instances="gaussians-2d/test", instance=99, out=tmp_path)
+    with pytest.raises(SettingsError, match="instance=1 goes with"):
+        enjoy("static:0.3", task="gaussians-2d", instance=1, out=tmp_path)
 
 
 def test_stages_draw_episodes_of_their_own_and_none_of_another_training():
@@ -239,6 +299,8 @@ def test_every_config_makes_an_agent_for_every_task(algorithm, task):
         ),
         ("ppo", "SISSUnlearn-v0: {n_timesteps: 9, policy: MlpPolicy, env_wrapper: [a]}", "env_wrapper"),
         ("ppo", "a: [", "cannot read"),
+        ("ppo", "{SISSUnlearn-v0: {n_timesteps: 9, policy: MlpPolicy}, SISSUnlearn-v0@gaussians-2d: [1]}", r"is \[1\]"),
+        ("td3", "SISSUnlearn-v0: {n_timesteps: 9, policy: MlpPolicy, noise_std: 1}", "noise_std=1 goes with"),
         ("pppo", "", "did you mean 'ppo'"),
     ],
 )
@@ -266,6 +328,10 @@ def test_a_value_that_the_algorithm_refuses_is_one_line():
         (["--eval-episodes", "0"], "eval_episodes=0"),
         (["--timesteps", "0"], "timesteps=0"),
         (["--seed", "100"], "seed=100"),
+        (["--device", "nope"], "device 'nope' cannot be used"),
+        (["--task", "gaussians-2d", "--task", "nonsense"], "unknown task"),
+        (["--task", "gaussians-2d", "--instances", "gaussians-2d/train"], "not both"),
+        (["--instances", "gaussians-2d/tray"], "must end in /train or /test"),
     ],
 )
 def test_bad_arguments_are_one_line_and_leave_nothing_behind(arguments, message, tmp_path):

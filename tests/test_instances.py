@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import gymnasium as gym
@@ -14,7 +16,7 @@ from gymnasium.utils.env_checker import check_env
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.errors import SettingsError, TaskError
 from unlearn_gym.instances import INSTANCES, Instance, build_instances, load_instances, shipped_sets
-from unlearn_gym.tasks import get_task, load_data
+from unlearn_gym.tasks import get_task, load_data, register_task
 
 ROOT = Path(__file__).resolve().parent.parent
 MIXED = ("gaussians-2d", {"task": "gaussians-2d:2,3", "horizon": 5}, {"task": "gaussians-2d:6", "num_forget": 1})
@@ -170,6 +172,52 @@ def test_ranges_that_overlap_or_are_reversed_are_refused(tmp_path):
         with pytest.raises(SettingsError, match=message):
             build_instances(path, tmp_path / "out.json", "")
     assert not (tmp_path / "out.json").exists()
+
+
+def test_every_member_of_a_set_is_checked_when_the_environment_is_made():
+    for bad, error in (("nonsense", TaskError), ({"task": "gaussians-2d", "num_forget": 10**6}, SettingsError)):
+        with pytest.raises(error):
+            SISSUnlearnEnv(instances=["gaussians-2d", bad])
+    with pytest.raises(TaskError, match="no oracle"):
+        SISSUnlearnEnv(instances=["gaussians-2d", "gaussians-2d:5"], reward="potential")
+    SISSUnlearnEnv(instances=["gaussians-2d", "gaussians-2d:5"], reward="potential", potential_cap=2.0)
+
+
+@pytest.mark.parametrize("options", [{"reward": "potential"}, {}])
+def test_a_refused_instance_leaves_the_environment_as_it_was(options, tmp_path):
+    without = dataclasses.replace(get_task("gaussians-2d"), name=f"without-constants-{tmp_path.name}", assets=tmp_path)
+    without = dataclasses.replace(without, pretrained_assets=tmp_path, classify=None)
+    shutil.copy(get_task("gaussians-2d").pretrained_path, tmp_path)
+    register_task(without)
+    refused = "gaussians-2d:5" if options else without.name
+    env, other = (SISSUnlearnEnv("gaussians-2d", **options) for _ in range(2))
+    with pytest.raises(TaskError):
+        env.reset(seed=0, options={"instance": refused})
+    assert same(episode(env, seed=1), episode(other, seed=1))
+
+
+def test_two_names_of_a_task_are_one():
+    assert Instance(task="gaussians-2d:0") == Instance(task="gaussians-2d")
+
+
+def test_a_named_instance_stays_when_its_worker_is_replaced():
+    vector = gym.make_vec("SISSUnlearn-v0", num_envs=2, num_workers=2, task="gaussians-2d", autoreset_mode="SameStep")
+    vector.reset(seed=0, options={"instance": "gaussians-2d:3"})
+    vector.envs.workers[0].process.kill()
+    with pytest.warns(UserWarning, match="worker 0 died"):
+        vector.step(np.full((2, 1), 0.5, dtype=np.float32))
+    assert [instance.task for instance in vector.get_attr("instance")] == ["gaussians-2d:3"] * 2
+    vector.close()
+
+
+def test_workers_know_every_task_of_a_set():
+    mine = [dataclasses.replace(get_task("gaussians-2d"), name=name) for name in ("mine-a", "mine-b")]
+    for task in mine:
+        register_task(task)
+    vector = gym.make_vec("SISSUnlearn-v0", num_envs=2, num_workers=2, instances=["mine-a", "mine-b"])
+    vector.reset(seed=0, options={"instance": 1})
+    assert [instance.task for instance in vector.get_attr("instance")] == ["mine-b"] * 2
+    vector.close()
 
 
 def test_instances_and_stacked_runs_exclude_each_other():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +15,7 @@ from agents.train import train
 from agents.tune import SPACES, _open_study, tune
 from unlearn_gym.errors import SettingsError
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"timesteps": 60, "stages": 1, "eval_episodes": 1, "n_envs": 1}
 pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
 
@@ -33,6 +37,7 @@ def test_a_search_goes_on_where_it_stopped_and_its_best_is_a_config(tmp_path):
     best = tune(out=tmp_path, trials=3, **SMALL)
     trials = json.loads((tmp_path / "study.json").read_text())["trials"]
     assert [t["number"] for t in trials] == [0, 1, 2]
+    assert len({t["params"]["learning_rate"] for t in trials}) == 3
     assert trials[:2] == first
     winner = max(trials, key=lambda t: t["return"])
     config = load_config("ppo", "gaussians-2d", best)
@@ -43,22 +48,71 @@ def test_a_search_goes_on_where_it_stopped_and_its_best_is_a_config(tmp_path):
     assert retrained == pytest.approx([winner["return"]])  # the same seed, settings and length: the same agent
 
 
-def test_a_trial_whose_process_died_is_tried_again_with_its_settings(tmp_path, monkeypatch):
-    def die(*args, **kwargs):
+KILLED = """
+import os, sys
+from pathlib import Path
+from agents import tune
+tune.SPACES["ppo"] = lambda trial: {
+    "learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True), "n_steps": 60, "batch_size": 60,
+    "n_epochs": 1,
+}
+real = tune.train_agent
+def train_agent(plan, where, total, *, callbacks, stage_done):
+    done = []
+    def kill(stage):
+        done.append(stage)
+        if where.name == "1" and len(done) == int(sys.argv[2]):
+            os.kill(os.getpid(), 9)
+        stage_done(stage)
+    return real(plan, where, total, callbacks=callbacks, stage_done=kill)
+tune.train_agent = train_agent
+tune.tune(out=Path(sys.argv[1]), trials=3, timesteps=120, stages=2, eval_episodes=1, n_envs=1)
+"""
+
+
+@pytest.mark.parametrize("checkpoints", [1, 2])
+def test_a_trial_whose_process_was_killed_is_taken_up_where_it_was(checkpoints, tmp_path):
+    arguments = {**SMALL, "timesteps": 120, "stages": 2}
+    script = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(checkpoints)]
+    assert subprocess.run(script, cwd=ROOT, check=False).returncode == -9
+    asked = _open_study(tmp_path / "killed").trials[1].params
+    tune(out=tmp_path / "killed", trials=3, **arguments)
+    trials = json.loads((tmp_path / "killed" / "study.json").read_text())["trials"]
+    assert [t["state"] for t in trials] == ["complete", "fail", "complete", "complete"]
+    assert trials[2]["params"] == asked
+    assert list(trials[2]["validation"]) == ["1", "2"]
+    assert {p.name for p in (tmp_path / "killed" / "trials").iterdir()} == {"0", "1", "3"}
+    assert len({t["params"]["learning_rate"] for t in trials}) == 3
+    tune(out=tmp_path / "whole", trials=3, **arguments)
+    whole = json.loads((tmp_path / "whole" / "study.json").read_text())["trials"]
+    assert trials[2]["validation"] == pytest.approx(whole[1]["validation"])
+
+
+def test_an_interrupted_trial_is_taken_up_too(tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken:
-        broken.setattr(module, "train_agent", die)
+        broken.setattr(module, "train_agent", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            tune(out=tmp_path, trials=2, **SMALL)
-    study = _open_study(tmp_path, 0)
-    study._storage.create_new_trial(study._study_id)  # and one that died before it had any settings
-    asked = study.trials[0].params
-    tune(out=tmp_path, trials=2, **SMALL)
-    trials = json.loads((tmp_path / "study.json").read_text())["trials"]
-    done = [t for t in trials if t["state"] == "complete"]
-    assert len(done) == 2
-    assert done[0]["params"] == asked
+            tune(out=tmp_path, trials=1, **SMALL)
+    asked = _open_study(tmp_path).trials[0].params
+    tune(out=tmp_path, trials=1, **SMALL)
+    assert [t.params for t in _open_study(tmp_path).trials if t.value is not None] == [asked]
+
+
+def test_a_search_on_ray(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.chdir(tmp_path)
+    best = tune(out=Path("found"), trials=1, engine="ray", **SMALL)
+    assert best.is_file()
+
+
+def test_settings_that_every_trial_refuses_end_the_search_at_once(tmp_path):
+    config = tmp_path / "bad.yml"
+    config.write_text("SISSUnlearn-v0: {n_timesteps: 60, policy: MlpPolice}")
+    with pytest.raises(SettingsError, match="ppo refuses its settings"):
+        tune(config=config, out=tmp_path / "out", trials=1, **SMALL)
 
 
 def test_two_processes_share_a_search(tmp_path):
@@ -75,6 +129,8 @@ def test_two_processes_share_a_search(tmp_path):
         ({"stages": 0}, "stages=0"),
         ({"eval_episodes": 0}, "eval_episodes=0"),
         ({"algo": "pop"}, "did you mean 'ppo'"),
+        ({"timesteps": 0}, "timesteps=0"),
+        ({"n_envs": 0}, "n_envs=0"),
         ({"task": "gaussian-2d"}, "did you mean 'gaussians-2d'"),
         ({"reward": "money"}, "reward='money'"),
     ],

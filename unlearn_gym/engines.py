@@ -34,8 +34,8 @@ def run_calls(engine: str, function: Callable[..., Any], calls: Iterable[tuple[A
 
 def _on_ray(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], jobs: int) -> Iterator[Any]:
     ray = _connect(jobs)
-    remote = ray.remote(num_cpus=1, max_retries=RETRIES)(function)
-    pending = [remote.remote(*call) for call in calls]
+    remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_call_in)
+    pending = [remote.remote(os.getcwd(), function, call) for call in calls]
     try:
         while pending:
             done, pending = ray.wait(pending)
@@ -46,6 +46,13 @@ def _on_ray(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], jobs
     finally:
         for call in pending:
             ray.cancel(call, force=True)
+
+
+def _call_in(folder: str, function: Callable[..., Any], call: tuple[Any, ...]) -> Any:
+    """The value of ``function(*call)``, in the driver's folder where this machine has it: relative paths hold."""
+    if os.path.isdir(folder):
+        os.chdir(folder)
+    return function(*call)
 
 
 def _connect(jobs: int) -> Any:

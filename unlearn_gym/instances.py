@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
@@ -17,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from unlearn_gym.errors import SettingsError, error_line
 from unlearn_gym.files import write_json
@@ -40,10 +41,16 @@ class Instance(BaseModel):
 
     task: str = Field(description="which data, and which of its classes: 'mnist-digits:1,3'")
     num_forget: int | None = Field(None, ge=1)
-    forget_seed: int = Field(0, ge=0)
+    forget_seed: int = Field(0, ge=0, lt=2**63)
     forget_scale: float | None = Field(None, ge=0.01, le=100)
     learning_rate: float | None = Field(None, ge=1e-7, le=1e-1)
     horizon: int | None = Field(None, ge=1, le=10_000)
+
+    @field_validator("task")
+    @classmethod
+    def _own_name(cls, value: str) -> str:
+        """The task's own name: "gaussians-2d:0" is "gaussians-2d"."""
+        return get_task(value).name
 
     @classmethod
     def parse(cls, value: Any) -> Self:
@@ -151,11 +158,13 @@ def build_instances(ranges: Path, out: Path, command: str) -> dict[str, Any]:
     return content
 
 
-def load_instances(value: str | Sequence[Any]) -> tuple[Instance, ...]:
+def load_instances(value: str | os.PathLike[str] | Sequence[Any]) -> tuple[Instance, ...]:
     """A set by name, ``"gaussians-2d/train"``; from a file, ``"my.json/test"``; or from a list of instances.
 
     Raises :class:`SettingsError` for a set that does not exist, is empty, or whose training and test part overlap.
     """
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if not isinstance(value, str):
         found = tuple(Instance.parse(one) for one in value)
     else:

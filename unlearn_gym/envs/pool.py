@@ -18,6 +18,7 @@ from unlearn_gym.envs.group import Asked, Outcome, Reset, finished
 from unlearn_gym.envs.siss_unlearn import SISSUnlearnEnv
 from unlearn_gym.envs.workers import Worker, WorkerDied, WorkerPlan, arguments
 from unlearn_gym.errors import WorkerError, error_line
+from unlearn_gym.tasks import get_task
 
 Value = TypeVar("Value")
 
@@ -51,7 +52,9 @@ class WorkerPool(Asked):
         self._folder = tempfile.TemporaryDirectory(prefix="unlearn_gym-", ignore_cleanup_errors=True)
         shared = Path(self._folder.name) / "shared.safetensors"
         template.run.data.save(shared, start_vector=template.start_vector)
-        plan = WorkerPlan(template.task, data_root, options, mode, threads, shared)
+        others = [get_task(instance.task) for instance in template.instances or ()]
+        tasks = tuple(dict.fromkeys([template.task, *others]))
+        plan = WorkerPlan(tasks, data_root, options, mode, threads, shared)
         try:
             self._pickled = cloudpickle.dumps(plan)
         except Exception as error:
@@ -62,6 +65,8 @@ class WorkerPool(Asked):
         ]
         self._ended = [False] * num_envs
         self._orphans: dict[int, str] = {}
+        self._named: dict[int, dict[str, Any]] = {}
+        """Reset options last given to an environment: the instance that they name stays when a worker is replaced."""
         bounds = np.linspace(0, num_envs, num_workers + 1).round().astype(int).tolist()
         slices = [range(start, stop) for start, stop in itertools.pairwise(bounds)]
         self.workers: list[Worker] = []
@@ -96,6 +101,16 @@ class WorkerPool(Asked):
 
     def reset(self, seeds: Mapping[int, int | None], options: dict[str, Any] | None = None) -> dict[int, Reset]:
         """Begin an episode in each environment that ``seeds`` names by its index."""
+        before = self._named
+        if options:
+            self._named = {**before, **dict.fromkeys(seeds, options)}
+        try:
+            return self._reset(seeds, options)
+        except Exception:
+            self._named = before
+            raise
+
+    def _reset(self, seeds: Mapping[int, int | None], options: dict[str, Any] | None) -> dict[int, Reset]:
         asked = self._by_worker(seeds)
         for number, own in asked.items():
             self.workers[number].send("reset", arguments(own, options))
@@ -191,9 +206,11 @@ class WorkerPool(Asked):
         new = self.workers[number] = Worker(self._pickled, old.indices, self.timeout)
         new.deaths = deaths
         self._await_start(new)
-        own = {i: seeds.get(i) for i in range(len(new.indices))}
-        new.send("reset", arguments({i: self.draw_seed() if seed is None else seed for i, seed in own.items()}))
-        fresh: dict[int, Reset] = new.receive()
+        fresh: dict[int, Reset] = {}
+        for i, index in enumerate(new.indices):
+            seed = seeds.get(i)
+            new.send("reset", arguments({i: self.draw_seed() if seed is None else seed}, self._named.get(index)))
+            fresh |= new.receive()
         return fresh
 
     def ask(self, question: str, what: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:

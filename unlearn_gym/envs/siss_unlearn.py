@@ -19,7 +19,7 @@ from unlearn_gym.instances import Instance, load_instances
 from unlearn_gym.run import Snapshot, UnlearningRun
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.step import FEATURES, StepTerms
-from unlearn_gym.tasks import TaskData, get_task, load_data
+from unlearn_gym.tasks import Task, TaskData, get_task, load_data
 
 ACTION_TOLERANCE = 1e-6
 DEFAULT_TASK = "mnist-trousers"
@@ -37,6 +37,14 @@ def parse_action(action: Any, lambda_min: float, lambda_max: float) -> float:
     if not lambda_min - ACTION_TOLERANCE <= lambda_ <= lambda_max + ACTION_TOLERANCE:
         raise ActionError(f"λ={lambda_} must lie in [{lambda_min}, {lambda_max}]")
     return min(max(lambda_, lambda_min), lambda_max)
+
+
+def _feature_scale(task: Task, run: UnlearningRun) -> NDArray[np.float64]:
+    """x0 of each feature: the task's constants times the run's data-set factors."""
+    if not run.settings.normalize_features:
+        return np.ones(len(FEATURES))
+    coefs = {"retain": run.retain_coef, "forget": run.forget_coef}
+    return np.array([getattr(task.constants, f) * coefs[f.split("_")[0]] for f in FEATURES])
 
 
 class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
@@ -101,10 +109,10 @@ there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samp
 
     ## Arguments
     ``task``: a registered task's name, "mnist-trousers" if neither it nor ``instances`` is given. ``instances``: a set
-    from which every episode draws what it unlearns, by name (``"gaussians-2d/train"``), from a file or as a list; see
-    :mod:`unlearn_gym.instances`. ``render_mode``: None or ``"rgb_array"``. ``data_root``: folder with
-    torchvision's MNIST, else the environment variable ``UNLEARN_GYM_DATA_ROOT``, else the shipped
-    subset. ``download``: let torchvision fill that folder. Every field of
+    from which every episode draws what it unlearns (what an instance says goes before options), by name
+    (``"gaussians-2d/train"``), from a file or as a list; see :mod:`unlearn_gym.instances`. ``render_mode``: None or
+    ``"rgb_array"``. ``data_root``: folder with torchvision's MNIST, else the environment variable
+    ``UNLEARN_GYM_DATA_ROOT``, else the shipped subset. ``download``: let torchvision fill that folder. Every field of
     :class:`unlearn_gym.settings.RunSettings` replaces the task's default:
     ``gym.make("SISSUnlearn-v0", task="gaussians-2d", horizon=100, learning_rate=1e-4)``. Raises
     ``TaskError``, ``SettingsError``, ``DataError`` or ``WeightsError`` in one line.
@@ -134,6 +142,8 @@ there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samp
         self.render_mode = render_mode
         self._options, self._data_root, self._download = options, data_root, download
         self._enter(Instance.parse(task or (self.instances[0].task if self.instances else DEFAULT_TASK)))
+        for instance in self.instances or ():
+            self._read(instance)
         s = self.settings
         self.action_space: spaces.Box = spaces.Box(s.lambda_min, s.lambda_max, (1,), np.float32)  # type: ignore[assignment]
         self.observation_space: spaces.Box = self._make_observation_space(s, self.observation_extra)  # type: ignore[assignment]
@@ -146,9 +156,7 @@ there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samp
 
     def _enter(self, instance: Instance) -> None:
         """Make ``instance`` what the following episodes unlearn; raises before anything changes."""
-        task = get_task(instance.task)
-        s = instance.settings(task, self._options)
-        data = instance.data(load_data(task, self._data_root, download=self._download))
+        task, s, data = self._read(instance)
         run = UnlearningRun(task.pretrained_model(), data, task.schedule.alphas_cumprod(), s)
         extended = ExtendedFeatures(task, run) if s.observation == "extended" else None
         space = getattr(self, "observation_space", None)
@@ -157,10 +165,19 @@ there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samp
                 f"instance {instance.as_info()} has other observations than the environment; with "
                 "observation='extended' all instances need classifiers with equally many features"
             )
+        scale, start = _feature_scale(task, run), run.snapshot()
         self.instance, self.task, self.settings, self.run, self._extended = instance, task, s, run, extended
-        self._start: Snapshot = run.snapshot()
-        self._scale = self._feature_scale()
+        self._scale: NDArray[np.float64] = scale
+        self._start: Snapshot = start
         self._start_potential: tuple[float, float] | None = None
+
+    def _read(self, instance: Instance) -> tuple[Task, RunSettings, TaskData]:
+        """What ``instance`` needs; raises where its task, a value or the reward that is asked for does not fit."""
+        task = get_task(instance.task)
+        s = instance.settings(task, self._options)
+        if s.reward == "potential" and s.potential_cap is None:
+            task.unseen_forget_loss  # noqa: B018 - raises where it is not known
+        return task, s, instance.data(load_data(task, self._data_root, download=self._download))
 
     def _named_instance(self, options: dict[str, Any]) -> Instance | None:
         """The instance that reset's ``options`` name, if they do."""
@@ -190,13 +207,6 @@ there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samp
     def observation_extra(self) -> int:
         """How many entries ``observation="extended"`` adds at the observation's end; 0 without it."""
         return 0 if self._extended is None else self._extended.size
-
-    def _feature_scale(self) -> NDArray[np.float64]:
-        """x0 of each feature: the task's constants times this run's data-set factors."""
-        if not self.settings.normalize_features:
-            return np.ones(len(FEATURES))
-        coefs = {"retain": self.run.retain_coef, "forget": self.run.forget_coef}
-        return np.array([getattr(self.task.constants, f) * coefs[f.split("_")[0]] for f in FEATURES])
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -34,9 +34,11 @@ PRELOADED = [__name__, "torch._dynamo"]
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """What a worker needs to make its environments; data and start weights are in the file ``shared``."""
+    """What a worker needs to make its environments: all tasks that their instances name, the first of which is where
+    they begin; its data and start weights are in the file ``shared``.
+    """
 
-    task: Task
+    tasks: tuple[Task, ...]
     data_root: str | None
     options: dict[str, Any]
     mode: AutoresetMode
@@ -74,11 +76,12 @@ def serve(connection: Connection, pickled: bytes, size: int) -> None:
 
 def _make_group(plan: WorkerPlan, size: int) -> EnvGroup:
     torch.set_num_threads(plan.threads)
-    if plan.task.name not in task_names():
-        register_task(plan.task)
+    for task in plan.tasks:
+        if task.name not in task_names():
+            register_task(task)
     data, more = TaskData.load(plan.shared)
-    provide_data(plan.task, plan.data_root, data)
-    envs = [SISSUnlearnEnv(plan.task.name, data_root=plan.data_root, **plan.options) for _ in range(size)]
+    provide_data(plan.tasks[0], plan.data_root, data)
+    envs = [SISSUnlearnEnv(plan.tasks[0].name, data_root=plan.data_root, **plan.options) for _ in range(size)]
     envs[0].share(more["start_vector"], envs[0].run.data)
     return EnvGroup(envs, plan.mode)
 
