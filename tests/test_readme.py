@@ -44,6 +44,11 @@ def test_the_policies_of_ones_own_in_the_documentation_stand_in_a_report(tmp_pat
     assert results.values("mine:middle", "forget_loss") == results.values("static:0.5", "forget_loss")
 
 
+def test_the_documentation_lists_the_agents_that_ship(capsys):
+    COMMANDS["agents"]()
+    assert capsys.readouterr().out.split("\n\n")[0] in (ROOT / "docs" / "agents.md").read_text()
+
+
 def test_every_command_named_exists():
     named = set(re.findall(r"`unlearn-gym ([a-z-]+)", README))
     assert named

@@ -232,18 +232,20 @@ def agents() -> None:
     """List the agents that ship: what each was trained on, how long, and how to use it."""
     import json
 
-    from unlearn_gym.evaluation.tables import markdown_table
+    from unlearn_gym.evaluation.tables import NOTHING, markdown_table
     from unlearn_gym.policies.registry import SHIPPED_AGENTS
 
     rows = []
     for path in sorted(SHIPPED_AGENTS.glob("*/*.zip")):
         manifest = json.loads(path.with_suffix(".json").read_text())
-        trained_on = manifest.get("instances") or manifest["task"]
+        means = [sum(stage["returns"]) / len(stage["returns"]) for stage in manifest.get("validation", [])]
         rows.append(
             [
-                path.stem, path.parent.name, manifest.get("algorithm", "ppo"), trained_on, manifest["reward"],
-                str(manifest["seed"]), f"{manifest['timesteps']:,}", f"{manifest['seconds'] / 60:.1f}", str(path),
+                f"`{path.parent.name}/{path.name}`", manifest.get("algorithm", "ppo"),
+                manifest.get("instances") or manifest["task"], manifest["reward"], str(manifest["seed"]),
+                f"{manifest['timesteps']:,}", f"{manifest['seconds'] / 60:.1f}",
+                ", ".join(f"{mean:.2f}" for mean in means) or NOTHING,
             ]
         )  # fmt: skip
-    header = ["policy", "for task", "algorithm", "trained on", "reward", "seed", "steps", "minutes", "file"]
-    print(markdown_table(header, rows))
+    header = ["file", "algorithm", "trained on", "reward", "seed", "steps", "minutes", "validation returns"]
+    print(f"{markdown_table(header, rows)}\n\nin {SHIPPED_AGENTS}")
