@@ -465,7 +465,7 @@ def test_bad_resets_are_named(make_vec):
     with pytest.raises(SettingsError, match="reset_mask"):
         env.reset(options={"reset_mask": np.array([1, 0, 1])})
     env.reset(seed=0)
-    with pytest.raises(SettingsError, match="unknown reset options"):
+    with pytest.raises(SettingsError, match="instance=3: this environment has a set of 0"):
         env.reset(seed=1, options={"instance": 3})
     env.step(actions(0))
     assert env.reset(seed=[4, None, 6])[0].shape == (N, 6)
@@ -628,7 +628,7 @@ def test_ppo_learns_on_it(make_vec):
     env.env_method("reset", indices=[0])
     np.testing.assert_allclose(env.step(np.zeros((2, 1), np.float32))[0][:, 5], [0.2, 0.4])
     env.set_options({"instance": 3})
-    with pytest.raises(SettingsError, match="unknown reset options"):
+    with pytest.raises(SettingsError, match="instance=3: this environment has a set of 0"):
         env.reset()
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
 
+import cloudpickle
 import joblib
 
 from unlearn_gym.errors import SettingsError
@@ -35,7 +37,7 @@ def run_calls(engine: str, function: Callable[..., Any], calls: Iterable[tuple[A
 def _on_ray(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], jobs: int) -> Iterator[Any]:
     ray = _connect(jobs)
     remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_call_in)
-    pending = [remote.remote(os.getcwd(), function, call) for call in calls]
+    pending = [remote.remote(os.getcwd(), sys.path, cloudpickle.dumps((function, call))) for call in calls]
     try:
         while pending:
             done, pending = ray.wait(pending)
@@ -48,10 +50,12 @@ def _on_ray(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], jobs
             ray.cancel(call, force=True)
 
 
-def _call_in(folder: str, function: Callable[..., Any], call: tuple[Any, ...]) -> Any:
-    """The value of ``function(*call)``, in the driver's folder where this machine has it: relative paths hold."""
+def _call_in(folder: str, places: list[str], pickled: bytes) -> Any:
+    """The value of a call, in the driver's folder where this machine has it, with its modules: relative paths hold."""
     if os.path.isdir(folder):
         os.chdir(folder)
+    sys.path += [place for place in places if place not in sys.path]
+    function, call = cloudpickle.loads(pickled)
     return function(*call)
 
 
