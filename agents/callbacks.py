@@ -71,6 +71,6 @@ class Bar(BaseCallback):
 
     def _on_step(self) -> bool:
         episodes = self.model.ep_info_buffer
-        last = f"return {np.mean([e['r'] for e in episodes]):.3f}" if episodes else ""
+        last = f"training return {np.mean([e['r'] for e in episodes]):.3f}" if episodes else ""
         self._progress.update(self._bar, completed=self.num_timesteps, last=last)
         return True

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from PIL import Image
 
 from agents.main import run_command
 from unlearn_gym.envs import SISSUnlearnEnv
+from unlearn_gym.envs.siss_unlearn import DEFAULT_TASK
 from unlearn_gym.errors import SettingsError
 from unlearn_gym.evaluation.episode import Episode, policy_context, run_episode
 from unlearn_gym.instances import load_instances
@@ -22,10 +24,12 @@ FRAME_MILLISECONDS = 120
 
 def enjoy(
     policy: Annotated[tyro.conf.Positional[str], help_(help="an agent's .zip, 'ppo', or any policy of 'compare'")],
-    task: Annotated[str, help_(help="a task's name")] = "mnist-trousers",
+    task: Annotated[str | None, help_(help="default: what the agent was trained on, else mnist-trousers")] = None,
     instances: Annotated[str | None, help_(help="in place of a task an instance of a set")] = None,
     instance: Annotated[int | None, help_(help="which one of the set; default: the first")] = None,
-    observation: Annotated[str, help_(help="'paper' or 'extended', as the agent was trained with")] = "paper",
+    observation: Annotated[
+        str | None, help_(help="'paper' or 'extended'; default: as the agent was trained with, else paper")
+    ] = None,
     seed: Annotated[int, help_(help="of the episode")] = 0,
     frame_every: Annotated[int, help_(help="updates between frames")] = 3,
     out: Annotated[Path, help_(help="folder of episode.gif and lambda.csv")] = Path("runs/enjoy"),
@@ -39,7 +43,11 @@ def enjoy(
     number = instance or 0
     if known and not 0 <= number < len(known):
         raise SettingsError(f"instance={number}: {instances} has {len(known)}, numbered from 0")
-    env = SISSUnlearnEnv(known[number].task if known else task, render_mode="rgb_array", observation=observation)
+    trained = _manifest(policy)
+    env = SISSUnlearnEnv(
+        known[number].task if known else task or trained.get("task") or DEFAULT_TASK, render_mode="rgb_array",
+        observation=observation or trained.get("observation") or "paper",
+    )  # fmt: skip
     env.reset(options={"instance": known[number]} if known else None)
     chosen = make_policy(policy, policy_context(env))
     frames: list[Image.Image] = []
@@ -61,6 +69,15 @@ def enjoy(
     print(f"{what}: return {episode.episode_return:.4g} in {len(env.history)} updates")
     print(f"{out / 'episode.gif'}: {len(frames)} frames; {out / 'lambda.csv'}: λ and all else that was measured")
     return episode
+
+
+def _manifest(policy: str) -> dict[str, Any]:
+    """What stands beside an agent's zip; empty where nothing does."""
+    try:
+        found = json.loads(Path(policy).with_suffix(".json").read_text()) if policy.endswith(".zip") else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 if __name__ == "__main__":

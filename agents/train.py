@@ -58,15 +58,19 @@ def train(
     workers = settings.n_envs if n_envs is None else n_envs
     plan = Plan(settings, tasks, instances, options, seed, workers, eval_every, eval_episodes, device)
     folder = out or Path("runs/agents") / f"{plan.name}-{algo}-{reward}-{seed}"
+    before = len(read_stages(plan, folder))
     with Bar(f"{plan.name} {algo}", total) as bar:
         agent = train_agent(plan, folder, total, callbacks=[UnlearnScalars(), bar], stage_done=lambda stage: None)
-    path = folder / "agent.zip"
+    path, stages = folder / "agent.zip", read_stages(plan, folder)
+    if path.is_file() and len(stages) == before:
+        print(f"{path}: {agent.num_timesteps} steps, trained already")
+        return path
     agent.save(path)
-    stages = read_stages(plan, folder)
     manifest = {
         "command": invocation("train"),
         "task": tasks[0] if len(tasks) == 1 else None, "tasks": tasks, "instances": instances, "algorithm": algo,
-        "reward": reward, "seed": seed, "training_seeds_from": plan.stage_seed(0),
+        "reward": reward, "observation": observation, "eval_every": eval_every, "seed": seed,
+        "training_seeds_from": plan.stage_seed(0),
         "validation_seeds_from": FIRST_VALIDATION_SEED, "timesteps": agent.num_timesteps, "n_envs": workers,
         "config": settings.model_dump(), "seconds": round(sum(stage["seconds"] for stage in stages), 1),
         "validation": [{k: stage[k] for k in ("timesteps", "returns")} for stage in stages],

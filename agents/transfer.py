@@ -25,7 +25,7 @@ from unlearn_gym.evaluation.statistics import bootstrap_mean, holm, paired_diffe
 from unlearn_gym.evaluation.tables import NOTHING, estimate_text, markdown_table, p_text
 from unlearn_gym.files import sha256, write_json
 from unlearn_gym.instances import Instance, load_instances
-from unlearn_gym.policies import make_policy, policy_sources
+from unlearn_gym.policies import make_policy, missing_source, policy_sources
 from unlearn_gym.tasks import Task, get_task, load_data
 
 help_ = tyro.conf.arg
@@ -75,7 +75,8 @@ def run_instance(key: str, spec: str, instance: Instance, seed: int) -> tuple[st
 
 def transfer(
     policies: Annotated[
-        tyro.conf.Positional[tuple[str, ...]], help_(help="agents' .zip files, and names of 'compare' but finetune")
+        tyro.conf.Positional[tuple[str, ...]],
+        help_(help="agents' .zip files, other policies as in 'compare'"),
     ],
     on: Annotated[tuple[str, ...], help_(help="sets to score them on")] = ("gaussians-2d/test",),
     statics: Annotated[tuple[str, ...], help_(help="what they are compared with")] = DEFAULT_STATICS,
@@ -102,10 +103,11 @@ def transfer(
     out.mkdir(parents=True, exist_ok=True)
     command = invocation("transfer")
     about = {"command": command, "version": unlearn_gym.__version__, "retain_coef": RETAIN_COEF}
-    for count, (key, score) in enumerate(tqdm(ran, total=len(missing), unit="episode"), start=1):
-        found[key] = score
-        if count % 50 == 0 or count == len(missing):
-            write_json(out / "results.json", {**about, "scores": {k: asdict(v) for k, v in found.items()}})
+    try:
+        for key, score in tqdm(ran, total=len(missing), unit="episode"):
+            found[key] = score
+    finally:  # what an interruption leaves is kept
+        write_json(out / "results.json", {**about, "scores": {k: asdict(v) for k, v in found.items()}})
     page = out / "transfer.md"
     page.write_text(transfer_page([(cell, found[cell.key]) for cell in cells], command), encoding="utf-8")
     print(f"\n{page.read_text()}\n{page}")
@@ -124,7 +126,7 @@ def _key(spec: str, instance: Instance, number: int) -> str:
     sources = [*policy_sources(spec, task.name), task.pretrained_path]
     missing = [source for source in sources if not source.is_file()]
     if missing:
-        raise PolicyError(f"policy {spec!r}: there is no {missing[0]}; correct the path or name")
+        raise PolicyError(missing_source(spec, task.name, missing[0]))
     about = [unlearn_gym.__version__, torch.__version__, task.settings.model_dump(), _digest(task)]
     parts = [*about, spec, number, instance.as_info(), [sha256(source) for source in sources]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -115,7 +115,7 @@ def tune(
     _try_settings(plan)
     folder = (out or Path("runs/tune") / f"{plan.name}-{algo}-{reward}").resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = _open_study(folder)
     _check_same_search(study, {**plan.as_json(), "timesteps": total}, folder)
     _retry_unfinished(study)
@@ -182,8 +182,15 @@ def _search(folder: Path, plan: Plan, total: int, trials: int, seed: int) -> Non
     counted = (TrialState.COMPLETE, TrialState.PRUNED)
     if len(study.get_trials(states=counted)) < trials:
         study.optimize(
-            functools.partial(_try, folder, plan, total), callbacks=[MaxTrialsCallback(trials, states=counted)]
+            functools.partial(_try, folder, plan, total), callbacks=[_say, MaxTrialsCallback(trials, states=counted)]
         )  # fmt: skip
+
+
+def _say(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+    """A line for each trial that ended."""
+    last = list(trial.intermediate_values.values())[-1:]
+    returned = "".join(f", validation return {value:.4g}" for value in last)
+    print(f"trial {trial.number} {trial.state.name.lower()}{returned}: {trial.params}", flush=True)
 
 
 def _try(folder: Path, plan: Plan, total: int, trial: optuna.Trial) -> float:
@@ -226,9 +233,10 @@ def _write_findings(study: optuna.Study, base: AgentConfig, folder: Path) -> Pat
     changed = {"n_timesteps": search["timesteps"], "n_envs": search["n_envs"]}
     entry = {**own, **changed, **base.arguments, **best}
     path = folder / "best.yml"
-    head = f"# Trial {study.best_trial.number} of {len(trials)}, validation return {study.best_value:.4g}: {command}\n"
+    head = f"# Trial {study.best_trial.number}, validation return {study.best_value:.4g}: {command}\n"
     path.write_text(head + yaml.safe_dump({ENV_ID: entry}, sort_keys=False), encoding="utf-8")
-    print(f"{path}: trial {study.best_trial.number} of {len(trials)}, validation return {study.best_value:.4g}")
+    done = sum(t["state"] in ("complete", "pruned") for t in trials)
+    print(f"{path}: trial {study.best_trial.number}, the best of {done}, with validation return {study.best_value:.4g}")
     return path
 
 

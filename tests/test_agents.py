@@ -26,9 +26,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 from agents.callbacks import UnlearnScalars
 from agents.config import ALGORITHMS, algorithm_class, load_config
 from agents.enjoy import enjoy
+from agents.train import train as train_command
 from agents.training import FIRST_VALIDATION_SEED, Plan, read_stages, train_agent
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.errors import PolicyError, SettingsError
+from unlearn_gym.evaluation.comparison import Comparison
 from unlearn_gym.evaluation.episode import policy_context, run_episode
 from unlearn_gym.files import sha256
 from unlearn_gym.policies import make_policy
@@ -267,6 +269,30 @@ def test_shipped_agents_are_those_of_their_manifest_and_act(path):
     assert min(manifest["training_seeds_from"], manifest["validation_seeds_from"]) >= 1_000_000
     env = SISSUnlearnEnv(path.parent.name, horizon=2)
     assert len(run_episode(env, make_policy(path.stem, policy_context(env)), seed=0).trace["lambda_"]) == 2
+
+
+def test_an_agent_of_another_task_or_a_folder_is_named_with_the_remedy(tmp_path):
+    with pytest.raises(PolicyError, match="no such agent ships for task 'gaussians-2d:2'"):
+        Comparison("gaussians-2d:2", ("ppo",), (0,)).cell_keys()
+    (tmp_path / "agent.zip").touch()
+    with pytest.raises(PolicyError, match=r"is a folder; its agent is '.*agent\.zip'"):
+        make_policy(str(tmp_path), CONTEXT)
+
+
+def test_a_finished_training_is_left_as_it_is(tmp_path, capsys):
+    arguments = {"task": ("gaussians-2d",), "n_envs": 1, "eval_every": 240, "eval_episodes": 1, "out": tmp_path}
+    agents = train_command(timesteps=240, **arguments)
+    before = agents.with_suffix(".json").read_bytes()
+    train_command(timesteps=60, **arguments)
+    assert "trained already" in capsys.readouterr().out
+    assert agents.with_suffix(".json").read_bytes() == before
+
+
+def test_enjoy_takes_task_and_observation_from_the_agents_manifest(tmp_path):
+    arguments = {"n_envs": 1, "eval_every": 240, "eval_episodes": 1, "timesteps": 60, "out": tmp_path}
+    agent = train_command(task=("gaussians-2d:3",), observation="extended", **arguments)
+    enjoy(str(agent), frame_every=60, out=tmp_path / "seen")
+    assert (tmp_path / "seen" / "episode.gif").is_file()
 
 
 def test_the_default_task_has_a_shipped_agent():

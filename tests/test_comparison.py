@@ -113,6 +113,11 @@ def test_cells_of_a_changed_module_are_run_again(tmp_path, monkeypatch):
     assert keys[0]["prior"] == keys[1]["prior"]
 
 
+def test_a_comparison_without_a_static_lambda_does_not_speak_of_the_best_one(tmp_path):
+    results = run_comparison(small(("prior",), (0,)), tmp_path)
+    assert not [line for line in verdict(results) if "None" in line]
+
+
 def test_packed_samples_come_back():
     images = torch.rand((50, 1, 4, 4), generator=torch.Generator().manual_seed(0)) * 2 - 1
     torch.testing.assert_close(unpack_samples(pack_samples(images)), images, atol=0.005, rtol=0)

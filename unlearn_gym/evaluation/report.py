@@ -136,7 +136,7 @@ def verdict(results: Results) -> list[str]:
         form = BY_NAME["score"].form
         best = max(ranked, key=lambda p: results.estimate(p, "score").mean)
         lines.append(f"Highest score: **{best}**: {estimate_text(results.estimate(best, 'score'), form)}.")
-        if any(not p.startswith("static:") for p in ranked):
+        if results.best_static is not None and any(not p.startswith("static:") for p in ranked):
             better = ", ".join(f"**{p}**" for p in tables.clearly_better(results)) or "no other policy"
             lines.append(f"Clearly better than the best static λ by hindsight, {results.best_static}: {better}.")
         for baseline in (UNTOUCHED, FINETUNE):

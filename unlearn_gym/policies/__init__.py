@@ -1,6 +1,15 @@
 """Policies that choose λ: the protocol, the reference policies, and how to name them."""
 
 from unlearn_gym.policies.base import FunctionPolicy, LambdaPolicy, PolicyContext, Transition
-from unlearn_gym.policies.registry import USAGE, make_policy, policy_sources
+from unlearn_gym.policies.registry import USAGE, make_policy, missing_source, policy_sources
 
-__all__ = ["USAGE", "FunctionPolicy", "LambdaPolicy", "PolicyContext", "Transition", "make_policy", "policy_sources"]
+__all__ = [
+    "USAGE",
+    "FunctionPolicy",
+    "LambdaPolicy",
+    "PolicyContext",
+    "Transition",
+    "make_policy",
+    "missing_source",
+    "policy_sources",
+]

@@ -48,6 +48,8 @@ def make_policy(spec: str, context: PolicyContext) -> LambdaPolicy:
         return _agent(SHIPPED_AGENTS / context.task / f"{name}.zip", context)
     if len(arguments) == 1 and all(part.isidentifier() for part in (*name.split("."), *arguments)):
         return _from_module(name, arguments[0])
+    if (Path(spec) / "agent.zip").is_file():
+        raise PolicyError(f"{spec!r} is a folder; its agent is {str(Path(spec) / 'agent.zip')!r}")
     close = difflib.get_close_matches(name, BUILT_IN, n=1)
     raise PolicyError(f"unknown policy {spec!r}; {f'did you mean {close[0]!r}? ' if close else ''}known: {USAGE}")
 
@@ -72,6 +74,16 @@ def policy_sources(spec: str, task: str) -> list[Path]:
     except (ImportError, ValueError):  # ValueError: a module that was made by hand
         return []
     return [Path(module.origin)] if module is not None and module.origin else []
+
+
+def missing_source(spec: str, task: str, path: Path) -> str:
+    """What to say of a policy whose file ``path`` is missing."""
+    if spec in SHIPPED_NAMES:
+        return (
+            f"policy {spec!r}: no such agent ships for task {task!r}; give the path of another task's, which "
+            f"'unlearn-gym agents' lists, or train one with 'python -m agents.train --task {task}'"
+        )
+    return f"policy {spec!r}: there is no {path}; correct the path or name"
 
 
 def _task_files(name: str) -> list[Path]:

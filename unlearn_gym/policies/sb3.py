@@ -60,8 +60,8 @@ class SB3Policy:
         if observation.shape != expected or action.shape != (1,):
             raise PolicyError(
                 f"{path} was trained on observations {observation.shape} and actions {action.shape}, this environment "
-                f"has {expected} and (1,) (grad_norms='every:k' and observation='extended' add entries); train it on "
-                "this environment"
+                f"has {expected} and (1,) (grad_norms='every:k' and observation='extended' add entries); use it "
+                "with the settings that it was trained with, as in 'compare --option observation=extended'"
             )
         bounds = (tuple(observation.low.tolist()), tuple(observation.high.tolist()))
         if context.observation_low and bounds != (context.observation_low, context.observation_high):
