@@ -49,7 +49,7 @@ class UnlearnScalars(BaseCallback):
 
 
 class Bar(BaseCallback):
-    """A bar over all of a training, with the mean return and λ of the last episodes."""
+    """A bar over all of a training, with the mean return of the last episodes."""
 
     def __init__(self, title: str, total: int) -> None:
         super().__init__()
