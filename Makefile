@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs benchmarks wheel install clean
+.PHONY: demo test lint docs benchmarks clients wheel install clean
 
 demo: $(INSTALLED)  ## the main job on the shipped data: compare policies, print the table
 	$(BIN)/unlearn-gym compare --policies static:0.1 static:0.5 static:0.9 variational:pathwise variational:variance ppo \
@@ -22,6 +22,9 @@ docs: $(INSTALLED)  ## the documentation site, in build/site; warnings are error
 
 benchmarks: $(INSTALLED)  ## pytest-benchmark files, for comparing two versions on one machine
 	$(BIN)/python -m pytest tests/benchmarks/bench_*.py
+
+clients: $(INSTALLED)  ## RL Baselines3 Zoo, CleanRL, TorchRL and RLlib, each in a virtual environment of its own
+	sh tests/check_clients.sh $(BIN)/python
 
 wheel: $(INSTALLED)  ## build the wheel and use it away from the checkout
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -53,6 +53,7 @@ class Bar(BaseCallback):
 
     def __init__(self, title: str, total: int) -> None:
         super().__init__()
+        self._total = total
         columns: list[Any] = [
             TextColumn("{task.description}"),
             BarColumn(),
@@ -72,5 +73,5 @@ class Bar(BaseCallback):
     def _on_step(self) -> bool:
         episodes = self.model.ep_info_buffer
         last = f"training return {np.mean([e['r'] for e in episodes]):.3f}" if episodes else ""
-        self._progress.update(self._bar, completed=self.num_timesteps, last=last)
+        self._progress.update(self._bar, completed=min(self.num_timesteps, self._total), last=last)
         return True

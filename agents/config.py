@@ -115,7 +115,10 @@ def load_config(algorithm: str, task: str, path: Path | None = None, **changes: 
     except ValidationError as error:
         raise SettingsError(f"{path}: {describe_validation_error(error)}") from None
     if config.env_wrapper != [RESCALE]:
-        raise SettingsError(f"{path}: env_wrapper={config.env_wrapper} must be {[RESCALE]}: agents act in [-1, 1]")
+        raise SettingsError(
+            f"{path}: env_wrapper={config.env_wrapper} must be {[RESCALE]}: agents act in [-1, 1]; other wrappers, as "
+            "a reward of one's own, go with stable-baselines3 itself, see docs/reward.md"
+        )
     return config
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from PIL import Image
 
-from agents.main import run_command
+from agents.main import read_manifest, run_command
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.envs.siss_unlearn import DEFAULT_TASK
 from unlearn_gym.errors import SettingsError
@@ -24,7 +23,9 @@ FRAME_MILLISECONDS = 120
 
 def enjoy(
     policy: Annotated[tyro.conf.Positional[str], help_(help="an agent's .zip, 'ppo', or any policy of 'compare'")],
-    task: Annotated[str | None, help_(help="default: what the agent was trained on, else mnist-trousers")] = None,
+    task: Annotated[
+        str | None, help_(help="default: what the agent was trained on (of several the first), else mnist-trousers")
+    ] = None,
     instances: Annotated[str | None, help_(help="in place of a task an instance of a set")] = None,
     instance: Annotated[int | None, help_(help="which one of the set; default: the first")] = None,
     observation: Annotated[
@@ -39,14 +40,22 @@ def enjoy(
         raise SettingsError(f"frame_every={frame_every} must be at least 1")
     if instance is not None and instances is None:
         raise SettingsError(f"instance={instance} goes with --instances")
+    if task is not None and instances is not None:
+        raise SettingsError(f"task={task!r} beside instances={instances!r}: give one of them")
     known = None if instances is None else load_instances(instances)
     number = instance or 0
     if known and not 0 <= number < len(known):
         raise SettingsError(f"instance={number}: {instances} has {len(known)}, numbered from 0")
-    trained = _manifest(policy)
+    trained = read_manifest(policy)
+    if known is None and task is None and trained.get("instances"):
+        known, number = load_instances(trained["instances"]), 0
+    task = task or trained.get("task") or next(iter(trained.get("tasks") or ()), DEFAULT_TASK)
     env = SISSUnlearnEnv(
-        known[number].task if known else task or trained.get("task") or DEFAULT_TASK, render_mode="rgb_array",
-        observation=observation or trained.get("observation") or "paper",
+        known[number].task if known else task, render_mode="rgb_array",
+        **{
+            **(trained.get("options") or {}), "reward": trained.get("reward") or "siss",
+            "observation": observation or trained.get("observation") or "paper",
+        },
     )  # fmt: skip
     env.reset(options={"instance": known[number]} if known else None)
     chosen = make_policy(policy, policy_context(env))
@@ -69,15 +78,6 @@ def enjoy(
     print(f"{what}: return {episode.episode_return:.4g} in {len(env.history)} updates")
     print(f"{out / 'episode.gif'}: {len(frames)} frames; {out / 'lambda.csv'}: λ and all else that was measured")
     return episode
-
-
-def _manifest(policy: str) -> dict[str, Any]:
-    """What stands beside an agent's zip; empty where nothing does."""
-    try:
-        found = json.loads(Path(policy).with_suffix(".json").read_text()) if policy.endswith(".zip") else {}
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 if __name__ == "__main__":

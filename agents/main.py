@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -36,3 +38,12 @@ def run_command(name: str, function: Callable[..., Any]) -> None:
 def invocation(name: str) -> str:
     """This invocation, as it goes into a manifest."""
     return shlex.join(["python", "-m", f"agents.{name}", *sys.argv[1:]])
+
+
+def read_manifest(policy: str) -> dict[str, Any]:
+    """What stands beside an agent's zip; empty where nothing does."""
+    try:
+        found = json.loads(Path(policy).with_suffix(".json").read_text()) if policy.endswith(".zip") else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

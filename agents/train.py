@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import stable_baselines3
@@ -13,7 +14,8 @@ import unlearn_gym
 from agents.callbacks import Bar, UnlearnScalars
 from agents.config import load_config
 from agents.main import invocation, run_command
-from agents.training import FIRST_VALIDATION_SEED, Plan, read_stages, train_agent
+from agents.training import FIRST_VALIDATION_SEED, Plan, read_stages, static_returns, train_agent
+from unlearn_gym.cli.arguments import OptionTexts, parse_options
 from unlearn_gym.errors import SettingsError
 from unlearn_gym.files import sha256, write_json
 from unlearn_gym.tasks import get_task
@@ -32,6 +34,7 @@ def train(
     algo: Annotated[str, help_(help="ppo, a2c, sac, td3, or ppo_lstm (needs the extra 'agents')")] = "ppo",
     reward: Annotated[str, help_(help="'siss' (the paper's) or 'potential'")] = "siss",
     observation: Annotated[str, help_(help="'paper' (six entries) or 'extended'")] = "paper",
+    option: OptionTexts = (),
     seed: Annotated[int, help_(help="0..99; every seed has training episodes of its own")] = 0,
     timesteps: Annotated[int | None, help_(help="environment steps; default: n_timesteps of the config")] = None,
     n_envs: Annotated[int | None, help_(help="environments, in processes; default: n_envs of the config")] = None,
@@ -55,34 +58,63 @@ def train(
     if total < 1:
         raise SettingsError(f"timesteps={total} must be at least 1")
     options = {"reward": reward, **({"observation": observation} if observation != "paper" else {})}
+    more = parse_options(option)
+    for name in {"reward", "observation"} & set(more):
+        raise SettingsError(f"option {name}={more[name]!r}: give it as --{name}")
+    options |= more
     workers = settings.n_envs if n_envs is None else n_envs
     plan = Plan(settings, tasks, instances, options, seed, workers, eval_every, eval_episodes, device)
     folder = out or Path("runs/agents") / f"{plan.name}-{algo}-{reward}-{seed}"
-    before = len(read_stages(plan, folder))
     with Bar(f"{plan.name} {algo}", total) as bar:
         agent = train_agent(plan, folder, total, callbacks=[UnlearnScalars(), bar], stage_done=lambda stage: None)
     path, stages = folder / "agent.zip", read_stages(plan, folder)
-    if path.is_file() and len(stages) == before:
+    if _is_finished(path, agent.num_timesteps):
         print(f"{path}: {agent.num_timesteps} steps, trained already")
         return path
-    agent.save(path)
-    manifest = {
-        "command": invocation("train"),
-        "task": tasks[0] if len(tasks) == 1 else None, "tasks": tasks, "instances": instances, "algorithm": algo,
-        "reward": reward, "observation": observation, "eval_every": eval_every, "seed": seed,
-        "training_seeds_from": plan.stage_seed(0),
-        "validation_seeds_from": FIRST_VALIDATION_SEED, "timesteps": agent.num_timesteps, "n_envs": workers,
-        "config": settings.model_dump(), "seconds": round(sum(stage["seconds"] for stage in stages), 1),
-        "validation": [{k: stage[k] for k in ("timesteps", "returns")} for stage in stages],
-        "versions": {"unlearn_gym": unlearn_gym.__version__, "stable_baselines3": stable_baselines3.__version__},
-        "sha256": sha256(path),
-    }  # fmt: skip
-    write_json(path.with_suffix(".json"), manifest)
+    print(f"{plan.eval_episodes} validation episodes each of five static λ, to compare with", flush=True)
+    manifest = _manifest(plan, stages, static_returns(plan), reward, observation, more)
     best = max(stages, key=lambda stage: float(np.mean(stage["returns"])))
     best_manifest = {**manifest, "timesteps": best["timesteps"], "sha256": best["sha256"]}
     write_json(folder / "best_model.json", best_manifest)
+    agent.save(path)
+    write_json(path.with_suffix(".json"), {**manifest, "sha256": sha256(path)})
+    name = max(manifest["static_returns"], key=manifest["static_returns"].__getitem__)
+    print(
+        f"validation return {np.mean(stages[-1]['returns']):.4g}, at best {np.mean(best['returns']):.4g} after "
+        f"{best['timesteps']} steps; best static λ: {name} with {manifest['static_returns'][name]:.4g}"
+    )
     print(f"{path}: {agent.num_timesteps} steps in {manifest['seconds']} s")
     return path
+
+
+def _is_finished(path: Path, timesteps: int) -> bool:
+    """Whether ``path`` is the agent of so many steps with its manifest beside it."""
+    try:
+        manifest = json.loads(path.with_suffix(".json").read_text())
+        return bool(manifest["timesteps"] == timesteps and manifest["sha256"] == sha256(path))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _manifest(
+    plan: Plan,
+    stages: list[dict[str, Any]],
+    statics: dict[str, float],
+    reward: str,
+    observation: str,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """What stands beside an agent, but for its file's SHA-256."""
+    return {
+        "command": invocation("train"),
+        "task": plan.tasks[0] if len(plan.tasks) == 1 else None, "tasks": plan.tasks, "instances": plan.instances,
+        "algorithm": plan.config.algorithm, "reward": reward, "observation": observation, "options": options,
+        "eval_every": plan.eval_every, "seed": plan.seed, "training_seeds_from": plan.stage_seed(0),
+        "validation_seeds_from": FIRST_VALIDATION_SEED, "timesteps": stages[-1]["timesteps"], "n_envs": plan.n_envs,
+        "config": plan.config.model_dump(), "seconds": round(sum(stage["seconds"] for stage in stages), 1),
+        "validation": stages, "static_returns": statics,
+        "versions": {"unlearn_gym": unlearn_gym.__version__, "stable_baselines3": stable_baselines3.__version__},
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

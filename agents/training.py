@@ -24,8 +24,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.type_aliases import PolicyPredictor
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
 from agents.config import AgentConfig, algorithm_class
@@ -34,7 +34,7 @@ from unlearn_gym.envs import SB3VecEnv
 from unlearn_gym.errors import SettingsError, error_line
 from unlearn_gym.files import sha256, write_json
 from unlearn_gym.instances import load_instances
-from unlearn_gym.settings import describe_validation_error
+from unlearn_gym.settings import describe_validation_error, usable_device
 
 FIRST_TRAINING_SEED = 1_000_000
 """Training seeds begin here and validation seeds at twice that; a comparison's begin at 0."""
@@ -46,11 +46,14 @@ StageDone = Callable[[dict[str, Any]], None]
 
 
 class Stage(BaseModel):
-    """A finished stage: environment steps in all, returns of its validation, and its checkpoint's SHA-256."""
+    """A finished stage: environment steps in all, mean return of the last 100 training episodes, returns of its
+    validation, and its checkpoint's SHA-256.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     timesteps: int
+    training_return: float | None = None
     returns: list[float]
     seconds: float
     sha256: str
@@ -81,12 +84,7 @@ class Plan:
         """Raise what is out of range."""
         if bool(self.tasks) == bool(self.instances):
             raise SettingsError("give tasks, or a set of instances, and not both")
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise SettingsError(
-                f"device {self.device!r} cannot be used here ({error_line(error)}); try 'cpu'"
-            ) from None
+        usable_device(self.device)
         for name in ("n_envs", "eval_every", "eval_episodes"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name}={getattr(self, name)} must be at least 1")
@@ -130,6 +128,9 @@ def train_agent(
     validation seeds. Raises ``SettingsError`` when the folder holds another training or a damaged one.
     """
     plan.validate()
+    starts = plan.config.arguments.get("learning_starts", 0)
+    if timesteps <= starts:
+        raise SettingsError(f"timesteps={timesteps} must be above learning_starts={starts}: before, nothing is learned")
     stages = read_stages(plan, folder)
     env, validation = plan.make_env(), plan.make_env()
     try:
@@ -176,12 +177,62 @@ def read_stages(plan: Plan, folder: Path) -> list[dict[str, Any]]:
 
 def _validate(plan: Plan, agent: BaseAlgorithm, validation: VecEnv) -> dict[str, Any]:
     """Returns of the deterministic agent on the validation seeds, the same at every stage."""
-    validation.seed(FIRST_VALIDATION_SEED)
-    returns: Any = evaluate_policy(agent, validation, plan.eval_episodes, return_episode_rewards=True)[0]
+    returns = _episode_returns(agent, validation, plan.eval_episodes)
     agent.logger.record("eval/mean_return", float(np.mean(returns)))
     agent.logger.record("eval/std_return", float(np.std(returns)))
     agent.logger.dump(agent.num_timesteps)
-    return {"timesteps": agent.num_timesteps, "returns": [float(r) for r in returns]}
+    episodes = [float(episode["r"]) for episode in agent.ep_info_buffer or ()]
+    training_return = float(np.mean(episodes)) if episodes else None
+    return {"timesteps": agent.num_timesteps, "training_return": training_return, "returns": returns}
+
+
+def _episode_returns(policy: PolicyPredictor, env: VecEnv, episodes: int) -> list[float]:
+    """Returns of the episodes of the first validation seeds, one each: the same ones for any number of environments.
+
+    A part of them that a dead worker spoilt is run again.
+    """
+    returns: list[float] = []
+    while len(returns) < episodes:
+        env.seed(FIRST_VALIDATION_SEED + len(returns))
+        obs: Any = env.reset()
+        state, starts = None, np.ones(env.num_envs, dtype=bool)
+        found: dict[int, float] = {}
+        whole = True
+        while len(found) < env.num_envs:
+            actions, state = policy.predict(obs, state, starts, deterministic=True)
+            obs, _, starts, infos = env.step(actions)
+            for i in np.flatnonzero(starts).tolist():
+                whole &= i in found or not infos[i].get("worker_died", False)
+                found.setdefault(i, float(infos[i]["episode"]["r"]))
+        if whole:
+            returns += [found[i] for i in range(env.num_envs)]
+    return returns[:episodes]
+
+
+class _Static:
+    """A policy of SB3's evaluation that holds one λ, as the action in [-1, 1]."""
+
+    def __init__(self, action: float) -> None:
+        self._action = action
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[Any, Any]:
+        return np.full((len(observation), 1), self._action, dtype=np.float32), state
+
+
+def static_returns(plan: Plan) -> dict[str, float]:
+    """Mean returns on the validation seeds of five static λ, evenly from λ_min to λ_max, by their names."""
+    env = plan.make_env()
+    space = env.get_attr("action_space", [0])[0]
+    try:
+        means = {}
+        for action in (-1.0, -0.5, 0.0, 0.5, 1.0):
+            lambda_ = float(space.low[0] + (action + 1) / 2 * (space.high[0] - space.low[0]))
+            means[f"static:{lambda_:.6g}"] = float(np.mean(_episode_returns(_Static(action), env, plan.eval_episodes)))
+        return means
+    finally:
+        env.close()
 
 
 def _keep(plan: Plan, agent: BaseAlgorithm, stages: list[dict[str, Any]], folder: Path) -> None:

@@ -8,7 +8,7 @@ import math
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,16 +16,17 @@ import tyro
 from tqdm import tqdm
 
 import unlearn_gym
-from agents.main import invocation, run_command
+from agents.main import invocation, read_manifest, run_command
+from unlearn_gym.cli.arguments import OptionTexts, parse_options
 from unlearn_gym.engines import run_calls
 from unlearn_gym.envs import SISSUnlearnEnv
-from unlearn_gym.errors import PolicyError, ResultsError, error_line
+from unlearn_gym.errors import ResultsError, error_line
 from unlearn_gym.evaluation.episode import policy_context, run_episode
-from unlearn_gym.evaluation.statistics import bootstrap_mean, holm, paired_difference, paired_p_value
+from unlearn_gym.evaluation.statistics import Estimate, bootstrap_mean, holm, paired_difference, paired_p_value
 from unlearn_gym.evaluation.tables import NOTHING, estimate_text, markdown_table, p_text
 from unlearn_gym.files import sha256, write_json
 from unlearn_gym.instances import Instance, load_instances
-from unlearn_gym.policies import make_policy, missing_source, policy_sources
+from unlearn_gym.policies import existing_sources, make_policy
 from unlearn_gym.tasks import Task, get_task, load_data
 
 help_ = tyro.conf.arg
@@ -61,10 +62,10 @@ class Cell(NamedTuple):
     key: str
 
 
-def run_instance(key: str, spec: str, instance: Instance, seed: int) -> tuple[str, Score]:
+def run_instance(key: str, spec: str, instance: Instance, seed: int, options: dict[str, Any]) -> tuple[str, Score]:
     """One episode of a policy on one instance, under its ``key``."""
     torch.set_num_threads(1)
-    env = _env_of(instance)
+    env = _env_of(instance, options)
     episode = run_episode(env, make_policy(spec, policy_context(env)), seed, probe_every=env.settings.horizon)
     forget, retain = episode.probe["forget_loss"], episode.probe["retain_loss"]
     if episode.diverged or not np.isfinite([*forget, *retain]).all():
@@ -80,25 +81,27 @@ def transfer(
     ],
     on: Annotated[tuple[str, ...], help_(help="sets to score them on")] = ("gaussians-2d/test",),
     statics: Annotated[tuple[str, ...], help_(help="what they are compared with")] = DEFAULT_STATICS,
+    option: OptionTexts = (),
     jobs: Annotated[int, help_(help="processes")] = 1,
     out: Annotated[Path, help_(help="folder of results.json and transfer.md")] = Path("runs/transfer"),
 ) -> Path:
     """Score policies on instances that no agent was trained on, against the best static λ by hindsight of each set.
 
     One episode of each policy on each instance, all with the instance's own seed. Resumes: what OUT/results.json
-    holds is not run again.
+    holds is not run again. OUT/scores.json is what 'unlearn-gym agents' shows of agents that ship.
     """
+    options = parse_options(option)
     everyone = tuple(dict.fromkeys((*statics, *policies)))
     sets = {name: load_instances(name) for name in on}
     cells = [
-        Cell(name, spec, number, instance, _key(spec, instance, number))
+        Cell(name, spec, number, instance, _key(spec, instance, number, options))
         for name, instances in sets.items() for spec in everyone for number, instance in enumerate(instances)
     ]  # fmt: skip
     found = _read_scores(out / "results.json")
     missing = {cell.key: cell for cell in cells if cell.key not in found}
     for cell in {(cell.set, cell.policy): cell for cell in missing.values()}.values():
-        make_policy(cell.policy, policy_context(_env_of(cell.instance)))  # fails before anything runs
-    calls = [(cell.key, cell.policy, cell.instance, cell.number) for cell in missing.values()]
+        make_policy(cell.policy, policy_context(_env_of(cell.instance, options)))  # fails before anything runs
+    calls = [(cell.key, cell.policy, cell.instance, cell.number, options) for cell in missing.values()]
     ran = run_calls("joblib", run_instance, calls, jobs)
     out.mkdir(parents=True, exist_ok=True)
     command = invocation("transfer")
@@ -108,27 +111,28 @@ def transfer(
             found[key] = score
     finally:  # what an interruption leaves is kept
         write_json(out / "results.json", {**about, "scores": {k: asdict(v) for k, v in found.items()}})
+    summaries = summarise([(cell, found[cell.key]) for cell in cells])
+    write_json(out / "scores.json", _scores_of_agents(summaries, command))
     page = out / "transfer.md"
-    page.write_text(transfer_page([(cell, found[cell.key]) for cell in cells], command), encoding="utf-8")
+    page.write_text(_page(summaries, command), encoding="utf-8")
     print(f"\n{page.read_text()}\n{page}")
     return page
 
 
-def _env_of(instance: Instance) -> SISSUnlearnEnv:
-    env = SISSUnlearnEnv(instance.task)
+def _env_of(instance: Instance, options: dict[str, Any]) -> SISSUnlearnEnv:
+    env = SISSUnlearnEnv(instance.task, **options)
     env.reset(options={"instance": instance})
     return env
 
 
-def _key(spec: str, instance: Instance, number: int) -> str:
+def _key(spec: str, instance: Instance, number: int, options: dict[str, Any]) -> str:
     """A hash of all that an episode depends on."""
     task = get_task(instance.task)
-    sources = [*policy_sources(spec, task.name), task.pretrained_path]
-    missing = [source for source in sources if not source.is_file()]
-    if missing:
-        raise PolicyError(missing_source(spec, task.name, missing[0]))
+    sources = [*existing_sources(spec, task.name), task.pretrained_path]
     about = [unlearn_gym.__version__, torch.__version__, task.settings.model_dump(), _digest(task)]
     parts = [*about, spec, number, instance.as_info(), [sha256(source) for source in sources]]
+    if options:
+        parts.append(options)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -147,52 +151,102 @@ def _read_scores(path: Path) -> dict[str, Score]:
         raise ResultsError(f"{path} holds no scores ({error_line(error)}); choose another --out or delete it") from None
 
 
-def transfer_page(cells: list[tuple[Cell, Score]], command: str) -> str:
+@dataclass(frozen=True)
+class Summary:
+    """A policy on a set: means over its instances, and the paired difference to the best static λ by hindsight.
+
+    ``difference`` and ``p_value`` are None for that λ itself and for policies of which an episode diverged.
+    """
+
+    set: str
+    policy: str
+    forgotten: Estimate
+    damage: Estimate
+    score: Estimate
+    mean_lambda: Estimate
+    is_best: bool
+    difference: Estimate | None
+    p_value: float | None
+
+
+def summarise(cells: list[tuple[Cell, Score]]) -> list[Summary]:
+    """All policies on all sets, p-values Holm-corrected within a set, among the static λ and among the others."""
+    sets: dict[str, dict[str, dict[int, Score]]] = {}
+    for cell, score in cells:
+        sets.setdefault(cell.set, {}).setdefault(cell.policy, {})[cell.number] = score
+    return [summary for name, by_policy in sets.items() for summary in _summarise_set(name, by_policy)]
+
+
+def _summarise_set(name: str, by_policy: dict[str, dict[int, Score]]) -> list[Summary]:
+    scores = {spec: {i: s.score for i, s in found.items()} for spec, found in by_policy.items()}
+    finite = [spec for spec in scores if np.isfinite(list(scores[spec].values())).all()]
+    statics = [spec for spec in finite if spec.startswith("static:")]
+    best = max(statics, key=lambda spec: float(np.mean(list(scores[spec].values()))), default=None)
+    compared = [spec for spec in finite if best not in (None, spec)]
+    p_values: dict[str, float] = {}
+    for family in ([s for s in compared if s in statics], [s for s in compared if s not in statics]):
+        raw = {spec: paired_p_value(scores[spec], scores[str(best)]) for spec in family}
+        p_values |= holm({spec: p for spec, p in raw.items() if p is not None})
+    summaries = []
+    for spec, found in by_policy.items():
+        columns = [[getattr(s, n) for s in found.values()] for n in ("forgotten", "damage", "score", "mean_lambda")]
+        forgotten, damage, score, lambda_ = (
+            bootstrap_mean([math.nan if v is None else v for v in values]) for values in columns
+        )
+        difference = paired_difference(scores[spec], scores[str(best)]) if spec in compared else None
+        summaries.append(
+            Summary(name, spec, forgotten, damage, score, lambda_, spec == best, difference, p_values.get(spec))
+        )
+    return summaries
+
+
+def _page(summaries: list[Summary], command: str) -> str:
     """The table of all policies on all sets."""
     rows = []
-    for name in dict.fromkeys(cell.set for cell, _ in cells):
-        by_policy: dict[str, dict[int, Score]] = {}
-        for cell, score in cells:
-            if cell.set == name:
-                by_policy.setdefault(cell.policy, {})[cell.number] = score
-        rows += _rows(name, by_policy)
+    for s in summaries:
+        row = [s.set, s.policy]
+        row += [estimate_text(x, "{:.3f}".format) for x in (s.forgotten, s.damage, s.score, s.mean_lambda)]
+        if s.difference is None:
+            row += ["best static" if s.is_best else NOTHING, NOTHING]
+        else:
+            row += [estimate_text(s.difference, "{:+.3f}".format), p_text(s.p_value)]
+        rows.append(row)
     header = ["tested on", "policy", "forgotten", "damage", "score", "mean λ", "score − best static", "p (Holm)"]
     return "\n\n".join(
         [
-            "# Agents on instances that they were not trained on",
+            "# Agents on instances of test sets",
             markdown_table(header, rows),
             "Forgotten and damage: log of the probe's forget and retain loss at the end over the start; score: "
             f"forgotten less {RETAIN_COEF:g} times the damage. Means over the set's instances, one episode each, with "
             "95 % bootstrap intervals; – where an episode diverged. The last two columns: paired difference to the "
             "best static λ of the set by hindsight, and Wilcoxon's signed-rank p, Holm-corrected within the set among "
             "the static λ and among the others.",
+            *_known_tasks(summaries),
             f"Made by `{command}`.",
         ]
     ) + "\n"  # fmt: skip
 
 
-def _rows(name: str, by_policy: dict[str, dict[int, Score]]) -> list[list[str]]:
-    scores = {spec: {i: s.score for i, s in found.items()} for spec, found in by_policy.items()}
-    finite = [spec for spec in scores if np.isfinite(list(scores[spec].values())).all()]
-    statics = [spec for spec in finite if spec.startswith("static:")]
-    best = max(statics, key=lambda spec: float(np.mean(list(scores[spec].values()))), default=None)
-    p_values: dict[str, float] = {}
-    for family in ([s for s in statics if s != best], [s for s in finite if s not in statics]):
-        if best is not None:
-            raw = {spec: paired_p_value(scores[spec], scores[best]) for spec in family}
-            p_values |= holm({spec: p for spec, p in raw.items() if p is not None})
-    rows = []
-    for spec, found in by_policy.items():
-        columns = [[getattr(s, n) for s in found.values()] for n in ("forgotten", "damage", "score", "mean_lambda")]
-        means = [bootstrap_mean([math.nan if v is None else v for v in values]) for values in columns]
-        row = [name, spec, *(estimate_text(mean, "{:.3f}".format) for mean in means)]
-        if best is None or spec == best or spec not in finite:
-            row += ["best static" if spec == best else NOTHING, NOTHING]
-        else:
-            difference = paired_difference(scores[spec], scores[best])
-            row += [estimate_text(difference, "{:+.3f}".format), p_text(p_values.get(spec))]
-        rows.append(row)
-    return rows
+def _known_tasks(summaries: list[Summary]) -> list[str]:
+    """A warning for each agent that was trained on a task of a set."""
+    warnings = []
+    for s in summaries:
+        trained_on = set(read_manifest(s.policy).get("tasks") or ())
+        shared = trained_on & {instance.task for instance in load_instances(s.set)}
+        if shared:
+            warnings.append(f"{s.policy} was trained on {', '.join(sorted(shared))}, of which {s.set} has instances.")
+    return warnings
+
+
+def _scores_of_agents(summaries: list[Summary], command: str) -> dict[str, Any]:
+    """What ``unlearn-gym agents`` shows of agents that ship, by their files' SHA-256."""
+    agents: dict[str, dict[str, Any]] = {}
+    for s in summaries:
+        if s.policy.endswith(".zip"):
+            score = s.score if math.isfinite(s.score.mean) else None
+            shown = {"score": score, "difference": s.difference, "p_value": s.p_value}
+            agents.setdefault(sha256(Path(s.policy)), {})[s.set] = shown
+    return {"command": command, "retain_coef": RETAIN_COEF, "agents": agents}
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from agents.config import AgentConfig, load_config
 from agents.main import invocation, run_command
 from agents.training import Plan, read_stages, train_agent
 from unlearn_gym import ENV_ID
-from unlearn_gym.engines import run_calls
+from unlearn_gym.engines import Engine, run_calls
 from unlearn_gym.errors import SettingsError
+from unlearn_gym.evaluation.tables import markdown_table
 from unlearn_gym.files import write_json
 from unlearn_gym.tasks import get_task
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 help_ = tyro.conf.arg
 STUDY = "study"
+MIN_FOR_IMPORTANCE = 20
+"""Finished trials below which a share of importance would be noise."""
 Space = Callable[["optuna.Trial"], dict[str, Any]]
 
 
@@ -82,7 +86,7 @@ def tune(
     seed: Annotated[int, help_(help="of the search and of the trainings")] = 0,
     jobs: Annotated[int, help_(help="trials at a time; the search then depends on their timing")] = 1,
     engine: Annotated[
-        Literal["joblib", "ray"], help_(help="ray: on the cluster of $RAY_ADDRESS, whose machines must share OUT")
+        Engine, help_(help="ray: on the cluster of $RAY_ADDRESS, whose machines must share OUT")
     ] = "joblib",
     config: Annotated[Path | None, help_(help="what the trials vary; default: configs/agents/ALGO.yml")] = None,
     out: Annotated[Path | None, help_(help="default: runs/tune/TASK-ALGO-REWARD")] = None,
@@ -90,12 +94,10 @@ def tune(
     """Search for the settings of the highest validation return; the same command again goes on where it stopped.
 
     TPE proposes, the median of earlier trials prunes. OUT/journal.log holds the study, OUT/best.yml the settings found,
-    as a config for agents.train and the zoo, and OUT/study.json every trial.
+    as a config for agents.train and the zoo, OUT/study.json every trial and OUT/study.md a summary.
     """
-    try:
-        import optuna
-    except ImportError:
-        raise SettingsError("agents.tune needs optuna; install it with: pip install 'unlearn_gym[agents]'") from None
+    if importlib.util.find_spec("optuna") is None:
+        raise SettingsError("agents.tune needs optuna; install it with: pip install 'unlearn_gym[agents]'")
     base = load_config(algo, task, config)
     for name, value in (
         ("trials", trials),
@@ -106,6 +108,8 @@ def tune(
         if value < 1:
             raise SettingsError(f"{name}={value} must be at least 1")
     total = base.n_timesteps if timesteps is None else timesteps
+    if total <= base.arguments.get("learning_starts", 0):
+        raise SettingsError(f"timesteps={total} must be above learning_starts={base.arguments['learning_starts']}")
     every = -(-total // stages)
     plan = Plan(
         base, (task,), None, {"reward": reward}, seed, base.n_envs if n_envs is None else n_envs, every, eval_episodes
@@ -115,7 +119,6 @@ def tune(
     _try_settings(plan)
     folder = (out or Path("runs/tune") / f"{plan.name}-{algo}-{reward}").resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = _open_study(folder)
     _check_same_search(study, {**plan.as_json(), "timesteps": total}, folder)
     _retry_unfinished(study)
@@ -128,6 +131,7 @@ def _open_study(folder: Path) -> optuna.Study:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # here, as every process that searches opens the study
     return optuna.create_study(
         study_name=STUDY, storage=JournalStorage(JournalFileBackend(str(folder / "journal.log"))), load_if_exists=True,
         direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
@@ -216,7 +220,7 @@ def _try(folder: Path, plan: Plan, total: int, trial: optuna.Trial) -> float:
 
 
 def _write_findings(study: optuna.Study, base: AgentConfig, folder: Path) -> Path:
-    """``best.yml`` and ``study.json``."""
+    """``best.yml``, ``study.json`` and ``study.md``."""
     trials = [
         {
             "number": t.number, "state": t.state.name.lower(), "return": t.value, "params": t.params,
@@ -225,11 +229,11 @@ def _write_findings(study: optuna.Study, base: AgentConfig, folder: Path) -> Pat
         }
         for t in study.trials
     ]  # fmt: skip
-    command = invocation("tune")
+    command, search = invocation("tune"), study.user_attrs["search"]
+    write_json(folder / "study.json", {"command": command, "search": search, "trials": trials})
+    (folder / "study.md").write_text(_summary(study, command), encoding="utf-8")
     best = SPACES[base.algorithm](cast("optuna.Trial", study.best_trial))  # gives back what it was given
     own = base.model_dump(exclude={"algorithm", "arguments", *(() if base.noise_type else ("noise_type", "noise_std"))})
-    search = study.user_attrs["search"]
-    write_json(folder / "study.json", {"command": command, "search": search, "trials": trials})
     changed = {"n_timesteps": search["timesteps"], "n_envs": search["n_envs"]}
     entry = {**own, **changed, **base.arguments, **best}
     path = folder / "best.yml"
@@ -238,6 +242,36 @@ def _write_findings(study: optuna.Study, base: AgentConfig, folder: Path) -> Pat
     done = sum(t["state"] in ("complete", "pruned") for t in trials)
     print(f"{path}: trial {study.best_trial.number}, the best of {done}, with validation return {study.best_value:.4g}")
     return path
+
+
+def _summary(study: optuna.Study, command: str) -> str:
+    """The finished trials, best first, and what their settings had to do with it."""
+    import optuna
+
+    states = optuna.trial.TrialState
+    complete = sorted(study.get_trials(states=(states.COMPLETE,)), key=lambda t: -cast("float", t.value))
+    pruned, search = len(study.get_trials(states=(states.PRUNED,))), study.user_attrs["search"]
+    names = list(study.best_trial.params)
+    rows = [
+        [
+            str(t.number), f"{t.value:.4g}", ", ".join(f"{v:.4g}" for v in t.intermediate_values.values()),
+            *(f"{t.params[name]:.3g}" for name in names),
+        ]
+        for t in complete
+    ]  # fmt: skip
+    lines = [
+        f"# {search['config']['algorithm']} on {', '.join(search['tasks'])}, reward {search['options']['reward']}",
+        markdown_table(["trial", "return", "validations", *names], rows),
+        f"{len(complete)} trials of {search['timesteps']:,} steps, best first, and {pruned} that were given up. The "
+        f"return is the mean of the last validation's {search['eval_episodes']} episodes.",
+    ]
+    if len(complete) >= MIN_FOR_IMPORTANCE:
+        shares = optuna.importance.get_param_importances(
+            study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
+        )
+        shown = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        lines.append(f"Importance of the settings (PED-ANOVA, finished trials alone): {shown}.")
+    return "\n\n".join([*lines, f"Made by `{command}`."]) + "\n"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import pytest
 
 from agents.transfer import RETAIN_COEF, Score, transfer
 from unlearn_gym.errors import PolicyError, ResultsError
+from unlearn_gym.files import sha256
+from unlearn_gym.policies.registry import SHIPPED_AGENTS
 
 COOL = [{"task": "gaussians-2d", "horizon": 3}, {"task": "gaussians-2d:3", "horizon": 4}]
 HOT = {"task": "gaussians-2d", "horizon": 400, "learning_rate": 0.1, "forget_scale": 100}
@@ -43,6 +45,32 @@ def test_every_policy_has_a_row_for_every_set_also_where_sets_share_instances(tm
     assert len(rows(again)) == 2
 
 
+def test_options_are_part_of_what_a_score_depends_on(tmp_path):
+    arguments = {"on": ("one.json/test",), "statics": ("static:0.5",), "out": tmp_path / "out"}
+    transfer(("prior",), **arguments)
+    transfer(("prior",), option=("observation=extended",), **arguments)
+    scores = json.loads((tmp_path / "out" / "results.json").read_text())["scores"]
+    assert len(scores) == 2 * 2 * 2
+
+
+def test_an_agents_scores_are_kept_by_its_files_hash(tmp_path):
+    agent = SHIPPED_AGENTS / "gaussians-2d" / "ppo.zip"
+    page = transfer((str(agent),), on=("two.json/test",), statics=("static:0.1", "static:0.5"), out=tmp_path / "out")
+    kept = json.loads((tmp_path / "out" / "scores.json").read_text())["agents"]
+    assert list(kept) == [sha256(agent)]
+    found = kept[sha256(agent)]["two.json/test"]
+    assert f"{found['difference'][0]:+.3f} [" in page.read_text()
+    assert f"{found['score'][0]:.3f} [" in page.read_text()
+
+
+def test_an_agent_that_knows_a_task_of_the_set_is_named(tmp_path):
+    agent = SHIPPED_AGENTS / "gaussians-2d" / "ppo.zip"
+    page = transfer((str(agent),), on=("one.json/test",), statics=("static:0.5",), out=tmp_path / "out")
+    assert f"{agent} was trained on gaussians-2d, of which one.json/test has instances." in page.read_text()
+    page = transfer(("prior",), on=("one.json/test",), statics=("static:0.5",), out=tmp_path / "out")
+    assert "was trained on" not in page.read_text()
+
+
 def test_the_score_is_forgetting_less_damage():
     assert Score(0.7, 0.02, 0.5, -1.0).score == pytest.approx(0.7 - RETAIN_COEF * 0.02)
     assert Score(0.7, -0.02, 0.5, -1.0).score == 0.7
@@ -55,6 +83,15 @@ def test_a_diverged_episode_has_no_figures_and_is_not_the_best(tmp_path, monkeyp
     assert "nan" not in text
     assert "| one.json/test | static:0.1 | – | – | – | – | – | – |" in text
     assert "best static" in next(line for line in text.splitlines() if "static:0.5" in line and "|" in line[:2])
+
+
+def test_an_agent_that_diverges_has_no_score_and_the_page_is_written(tmp_path, monkeypatch):
+    agent = SHIPPED_AGENTS / "gaussians-2d" / "ppo.zip"
+    hot = ("optimizer=sgd", "learning_rate=1e30", "max_grad_norm=null")
+    page = transfer((str(agent),), on=("one.json/test",), statics=("static:0.5",), option=hot, out=tmp_path / "out")
+    assert "nan" not in page.read_text()
+    kept = json.loads((tmp_path / "out" / "scores.json").read_text())["agents"]
+    assert kept[sha256(agent)]["one.json/test"] == {"score": None, "difference": None, "p_value": None}
 
 
 def diverging(monkeypatch):

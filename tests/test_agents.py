@@ -27,12 +27,13 @@ from agents.callbacks import UnlearnScalars
 from agents.config import ALGORITHMS, algorithm_class, load_config
 from agents.enjoy import enjoy
 from agents.train import train as train_command
-from agents.training import FIRST_VALIDATION_SEED, Plan, read_stages, train_agent
+from agents.training import FIRST_VALIDATION_SEED, Plan, read_stages, static_returns, train_agent
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.errors import PolicyError, SettingsError
 from unlearn_gym.evaluation.comparison import Comparison
 from unlearn_gym.evaluation.episode import policy_context, run_episode
 from unlearn_gym.files import sha256
+from unlearn_gym.instances import load_instances
 from unlearn_gym.policies import make_policy
 from unlearn_gym.policies.registry import SHIPPED_AGENTS
 
@@ -264,8 +265,11 @@ def test_an_agent_trained_with_the_norms_age_is_used_with_it_and_refused_without
 def test_shipped_agents_are_those_of_their_manifest_and_act(path):
     manifest = json.loads(path.with_suffix(".json").read_text())
     assert manifest["sha256"] == sha256(path)
-    assert path.parent.name in (manifest["task"], str(manifest.get("instances")).removesuffix("/train"))
-    assert manifest["reward"] == ("potential" if path.stem == "ppo-potential" else "siss")
+    trained_on = [i.task for i in load_instances(manifest["instances"])] if manifest["instances"] else manifest["tasks"]
+    assert path.parent.name in {name.partition(":")[0] for name in trained_on}
+    assert manifest["reward"] == ("potential" if path.stem.endswith("-potential") else "siss")
+    assert ("-instances" in path.stem) == (manifest["instances"] is not None)
+    assert path.stem.partition("-")[0] == manifest["algorithm"]
     assert min(manifest["training_seeds_from"], manifest["validation_seeds_from"]) >= 1_000_000
     env = SISSUnlearnEnv(path.parent.name, horizon=2)
     assert len(run_episode(env, make_policy(path.stem, policy_context(env)), seed=0).trace["lambda_"]) == 2
@@ -293,6 +297,89 @@ def test_enjoy_takes_task_and_observation_from_the_agents_manifest(tmp_path):
     agent = train_command(task=("gaussians-2d:3",), observation="extended", **arguments)
     enjoy(str(agent), frame_every=60, out=tmp_path / "seen")
     assert (tmp_path / "seen" / "episode.gif").is_file()
+
+
+def test_options_reach_the_environment_and_the_manifest(tmp_path):
+    arguments = {"task": ("gaussians-2d",), "n_envs": 1, "eval_every": 240, "eval_episodes": 1, "timesteps": 60}
+    agent = train_command(option=("horizon=7", "smoothness_coef=0"), out=tmp_path, **arguments)
+    manifest = json.loads(agent.with_suffix(".json").read_text())
+    assert manifest["options"] == {"horizon": 7, "smoothness_coef": 0}
+    assert np.isfinite(manifest["validation"][0]["training_return"])
+    with pytest.raises(SettingsError, match="another options"):
+        train_command(option=("horizon=8",), out=tmp_path, **arguments)
+
+
+@pytest.mark.parametrize("n_envs", [1, 2, 3])
+def test_a_validation_is_a_plain_loop_over_its_seeds_for_any_number_of_environments(n_envs):
+    plan = small_plan("ppo", n_envs=n_envs, eval_episodes=4)
+    env = SISSUnlearnEnv("gaussians-2d", horizon=4)
+
+    def episode(lambda_: float, seed: int) -> float:
+        env.reset(seed=FIRST_VALIDATION_SEED + seed)
+        return sum(env.step(lambda_)[1] for _ in range(4))
+
+    lambdas = (0.1, 0.3, 0.5, 0.7, 0.9)
+    expected = {f"static:{x}": sum(episode(x, seed) for seed in range(4)) / 4 for x in lambdas}
+    assert static_returns(plan) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_training_interrupted_while_static_policies_are_measured_is_finished_by_the_same_command(
+    tmp_path, monkeypatch
+):
+    arguments = {"task": ("gaussians-2d",), "n_envs": 1, "eval_every": 240, "eval_episodes": 1, "out": tmp_path}
+    train_command(timesteps=240, **arguments)
+
+    def interrupt(plan):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("agents.train.static_returns", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train_command(timesteps=480, **arguments)
+    agent = train_command(timesteps=480, **arguments)
+    manifest = json.loads(agent.with_suffix(".json").read_text())
+    assert manifest["timesteps"] == 480
+    assert manifest["sha256"] == sha256(agent)
+
+
+def test_an_episode_that_a_dying_worker_spoilt_is_validated_again(monkeypatch):
+    plan = small_plan("ppo", options={"horizon": 20}, eval_episodes=4)
+    expected = static_returns(plan)
+    env = plan.make_env()
+    monkeypatch.setattr(Plan, "make_env", lambda self: env)
+    killed = []
+    real = type(env).step_wait
+
+    def step_wait(self):
+        if not killed:
+            killed.append(env.venv.env.envs.workers[0].process.pid)
+            os.kill(killed[0], 9)
+        return real(self)
+
+    monkeypatch.setattr(type(env), "step_wait", step_wait)
+    with pytest.warns(UserWarning, match="died"):
+        assert static_returns(plan) == pytest.approx(expected, rel=1e-4)
+
+
+def test_enjoy_pays_the_reward_that_the_agent_was_trained_on(tmp_path, capsys):
+    arguments = {"n_envs": 1, "eval_every": 240, "eval_episodes": 1, "timesteps": 60, "out": tmp_path}
+    agent = train_command(task=("gaussians-2d",), reward="potential", option=("smoothness_coef=0",), **arguments)
+    episode = enjoy(str(agent), frame_every=60, out=tmp_path / "seen")
+    env = SISSUnlearnEnv("gaussians-2d", reward="potential", smoothness_coef=0)
+    again = run_episode(env, make_policy(str(agent), policy_context(env)), seed=0)
+    assert episode.episode_return == pytest.approx(again.episode_return)
+
+
+def test_enjoy_shows_an_agent_of_several_tasks_or_of_a_set_on_what_it_was_trained_on(tmp_path, capsys):
+    arguments = {"n_envs": 1, "eval_every": 240, "eval_episodes": 1, "timesteps": 60}
+    several = train_command(task=("gaussians-2d:3", "gaussians-2d"), out=tmp_path / "a", **arguments)
+    own_set = train_command(instances="gaussians-2d/train", out=tmp_path / "b", **arguments)
+    assert "best static λ: static:" in capsys.readouterr().out
+    for agent, task in ((several, "gaussians-2d:3"), (own_set, load_instances("gaussians-2d/train")[0].task)):
+        enjoy(str(agent), frame_every=60, out=tmp_path / "seen")
+        assert capsys.readouterr().out.startswith(f"task {task},")
+    with pytest.raises(SettingsError, match="beside instances"):
+        enjoy("static:0.5", task="gaussians-2d", instances="gaussians-2d/test", out=tmp_path / "seen")
 
 
 def test_the_default_task_has_a_shipped_agent():
@@ -357,7 +444,14 @@ def test_a_value_that_the_algorithm_refuses_is_one_line():
         (["--device", "nope"], "device 'nope' cannot be used"),
         (["--task", "gaussians-2d", "--task", "nonsense"], "unknown task"),
         (["--task", "gaussians-2d", "--instances", "gaussians-2d/train"], "not both"),
+        (["--algo", "sac", "--timesteps", "600"], "timesteps=600 must be above learning_starts=600"),
         (["--instances", "gaussians-2d/tray"], "must end in /train or /test"),
+        (["--option", "reward=potential"], "give it as --reward"),
+        (["--option", "horizn=5"], "did you mean 'horizon'"),
+        (["--option", "horizon"], "must be name=value"),
+        (["--option", "task=gaussians-2d"], "'task' is no run setting"),
+        (["--option", "render_mode=rgb_array"], "'render_mode' is no run setting"),
+        (["--option", "backend=serial"], "'backend' is no run setting"),
     ],
 )
 def test_bad_arguments_are_one_line_and_leave_nothing_behind(arguments, message, tmp_path):

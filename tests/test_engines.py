@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,41 @@ def test_another_engine_is_named():
         run_calls("dask", square, [(1,)], 1)
     with pytest.raises(SettingsError, match="jobs=0"):
         run_calls("ray", square, [(1,)], 0)
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no cluster"), RuntimeError("no cluster"), ValueError("no cluster")])
+def test_a_cluster_that_cannot_be_reached_is_named_with_the_remedy(error, monkeypatch):
+    import ray
+
+    def refuse(**_):
+        raise error
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setenv("RAY_ADDRESS", "ray://10.1.2.3:6379")
+    with pytest.raises(SettingsError, match=r"RAY_ADDRESS=ray://10.1.2.3:6379 \(no cluster\); .*RAY_AUTH_MODE=token"):
+        list(run_calls("ray", abs, [(1,)], 1))
+
+
+def test_a_local_ray_that_does_not_start_is_no_cluster(monkeypatch):
+    import ray
+
+    def refuse(**_):
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(SettingsError, match=r"cannot start a local Ray \(no space left\)$"):
+        list(run_calls("ray", abs, [(1,)], 1))
+
+
+def test_an_address_where_nothing_listens_is_refused_at_once(monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free.getsockname()[1]}")
+    with pytest.raises(SettingsError, match="refused"):
+        list(run_calls("ray", abs, [(1,)], 1))

@@ -95,7 +95,7 @@ def test_shipped_experiments_are_sound(path):
         ("question: What?\n", "give arms, or merge"),
         (ONE.replace("arms: [short]", "arms: [shrot]"), r"\['shrot'\] must be among them"),
         (ONE.replace("name: long", "name: short"), "must have different names"),
-        (ONE + "sedes: 3\n", "sedes=3"),
+        (ONE + "sedes: 3\n", "there is no field 'sedes'; did you mean 'seeds'"),
         (ONE.replace("seeds: 1\n", "seeds: 0\n"), "seeds=0"),
         ("question: [", "is not YAML"),
         ("question: \udcff\n", "is not YAML"),

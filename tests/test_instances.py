@@ -119,7 +119,13 @@ def test_shipped_sets_are_built_from_their_ranges_and_share_no_task(name, tmp_pa
     ("options", "error", "message"),
     [
         ({"instance": {"task": "gaussians-2d", "horizon": 0}}, SettingsError, "horizon=0"),
-        ({"instance": {"task": "gaussians-2d", "scale": 1}}, SettingsError, "scale=1"),
+        ({"instance": {"task": "gaussians-2d", "forget_scal": 1}}, SettingsError, "did you mean 'forget_scale'"),
+        (
+            {"instance": {"task": "gaussians-2d", "x": 1}},
+            SettingsError,
+            "there is no field 'x'; known: task, num_forget",
+        ),
+        ({"instance": {"horizon": 5}}, SettingsError, "task is missing"),
         ({"instance": {"task": "gaussians-2d", "num_forget": 10**6}}, SettingsError, "num_forget=1000000, but"),
         ({"instance": 3}, SettingsError, "instance=3: this environment has a set of 3"),
         ({"instance": "gaussian-2d"}, TaskError, "did you mean 'gaussians-2d'"),
@@ -157,6 +163,25 @@ def test_a_bad_set_is_named(value, message, tmp_path, monkeypatch):
     )
     with pytest.raises(SettingsError, match=message):
         SISSUnlearnEnv(instances=value)
+
+
+def test_an_array_of_instances_reaches_the_workers():
+    names = np.array(["gaussians-2d", "gaussians-2d:3"])
+    env = gym.make_vec("SISSUnlearn-v0", num_envs=2, instances=names, backend="processes", horizon=3)
+    infos = env.reset(seed=0)[1]
+    env.close()
+    assert len(infos["instance"]["task"]) == 2
+
+
+def test_a_misspelt_range_is_named_with_the_right_one(tmp_path):
+    (tmp_path / "r.yaml").write_text("train: {count: 1, tasks: [gaussians-2d], forget_scal: [1, 2]}\ntest: {}\n")
+    with pytest.raises(SettingsError, match=r"no field 'train.forget_scal'; did you mean 'forget_scale'"):
+        build_instances(tmp_path / "r.yaml", tmp_path / "out.json", "")
+
+
+def test_a_task_beside_instances_is_refused():
+    with pytest.raises(SettingsError, match="task='gaussians-2d' beside instances="):
+        SISSUnlearnEnv("gaussians-2d", instances=MIXED)
 
 
 def test_ranges_that_overlap_or_are_reversed_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from unlearn_gym.cli import COMMANDS
+from unlearn_gym.instances import shipped_sets
+from unlearn_gym.shipped import SCORES, shipped_agents
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -46,7 +49,15 @@ def test_the_policies_of_ones_own_in_the_documentation_stand_in_a_report(tmp_pat
 
 def test_the_documentation_lists_the_agents_that_ship(capsys):
     COMMANDS["agents"]()
-    assert capsys.readouterr().out.split("\n\n")[0] in (ROOT / "docs" / "agents.md").read_text()
+    printed = capsys.readouterr().out.rpartition("\n\nin ")[0]
+    assert printed in (ROOT / "docs" / "agents.md").read_text()
+
+
+def test_every_agent_that_ships_has_its_scores_on_the_test_instances():
+    scores = json.loads(SCORES.read_text())
+    assert scores == json.loads((ROOT / "docs" / "transfer" / "scores.json").read_text())
+    for manifest in shipped_agents().values():
+        assert set(scores["agents"][manifest["sha256"]]) == {f"{name}/test" for name in shipped_sets()}
 
 
 def test_every_command_named_exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,9 @@ def test_a_search_goes_on_where_it_stopped_and_its_best_is_a_config(tmp_path):
     trials = json.loads((tmp_path / "study.json").read_text())["trials"]
     assert [t["number"] for t in trials] == [0, 1, 2]
     assert len({t["params"]["learning_rate"] for t in trials}) == 3
+    finished = re.findall(r"^\| (\d+) \| (-[\d.]+) ", (tmp_path / "study.md").read_text(), flags=re.MULTILINE)
+    best_first = sorted((t for t in trials if t["state"] == "complete"), key=lambda t: -t["return"])
+    assert finished == [(str(t["number"]), f"{t['return']:.4g}") for t in best_first]
     assert trials[:2] == first
     winner = max(trials, key=lambda t: t["return"])
     config = load_config("ppo", "gaussians-2d", best)

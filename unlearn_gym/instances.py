@@ -60,7 +60,8 @@ class Instance(BaseModel):
         try:
             return cls.model_validate({"task": value} if isinstance(value, str) else value)
         except ValidationError as error:
-            raise SettingsError(f"instance {value!r}: {describe_validation_error(error)}") from None
+            reason = describe_validation_error(error, cls.model_fields)
+            raise SettingsError(f"instance {value!r}: {reason}") from None
 
     def settings(self, task: Task, options: dict[str, Any]) -> RunSettings:
         """The task's settings with an environment's ``options``, and what the instance changes."""
@@ -149,7 +150,8 @@ def build_instances(ranges: Path, out: Path, command: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"cannot read {ranges} ({error_line(error)}); name a YAML file") from None
     except ValidationError as error:
-        raise SettingsError(f"{ranges}: {describe_validation_error(error)}") from None
+        known = [*InstanceRanges.model_fields, *Ranges.model_fields]
+        raise SettingsError(f"{ranges}: {describe_validation_error(error, known)}") from None
     rng = np.random.default_rng(described.seed)
     sets = {split: [i.as_info() for i in getattr(described, split).draw(rng)] for split in SPLITS}
     content = {"command": command, "ranges": described.model_dump(mode="json"), **sets}
@@ -180,10 +182,13 @@ def load_instances(value: str | os.PathLike[str] | Sequence[Any]) -> tuple[Insta
             content = json.loads(path.read_text())
             sets = {s: tuple(Instance.parse(one) for one in content[s]) for s in SPLITS}
         except (ValueError, KeyError, TypeError) as error:
-            raise SettingsError(f"{path} holds no instances ({error_line(error)}); build it again") from None
-        both = set(sets["train"]) & set(sets["test"])
+            raise SettingsError(
+                f"{path} holds no instances ({error_line(error)}); it must be "
+                '{"train": [{"task": ...}, ...], "test": [...]}'
+            ) from None
+        both = {i.task for i in sets["train"]} & {i.task for i in sets["test"]}
         if both:
-            raise SettingsError(f"{path}: {both.pop().as_info()} is in both sets; an agent's test must be new to it")
+            raise SettingsError(f"{path}: task {min(both)!r} is in both sets; an agent's test must be new to it")
         found = sets[split]
     if not found:
         raise SettingsError(f"instances={value!r} is empty; name at least one")

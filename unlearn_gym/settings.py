@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from unlearn_gym.errors import SettingsError, UnknownOptionError
+from unlearn_gym.errors import SettingsError, UnknownOptionError, error_line
 
 MAKER_ARGUMENTS = {
     **dict.fromkeys(("task", "instances", "render_mode", "data_root", "download"), "gym.make and gym.make_vec"),
@@ -20,6 +21,15 @@ MAKER_ARGUMENTS = {
     "max_episode_steps": "gym.make, or of gym.make_vec with vectorization_mode='sync'; horizon= sets the length here",
 }
 """Arguments that users give as settings by mistake, and what they are arguments of."""
+
+
+def usable_device(name: str) -> str:
+    """``name`` itself; raises :class:`SettingsError` where torch has no such device here."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"device {name!r} cannot be used here ({error_line(error)}); try 'cpu'") from None
+    return name
 
 
 class RunSettings(BaseModel):
@@ -82,12 +92,7 @@ class RunSettings(BaseModel):
     @field_validator("device")
     @classmethod
     def _device_exists(cls, value: str) -> str:
-        try:
-            torch.empty(0, device=value)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device {value!r} cannot be used here ({reason}); try 'cpu'") from None
-        return value
+        return usable_device(value)
 
     @model_validator(mode="after")
     def _lambda_range(self) -> Self:
@@ -127,9 +132,15 @@ class RunSettings(BaseModel):
             raise SettingsError(describe_validation_error(error)) from None
 
 
-def describe_validation_error(error: ValidationError) -> str:
-    """The first problem of a pydantic error as one line that names the field and the value."""
+def describe_validation_error(error: ValidationError, known: Iterable[str] = ()) -> str:
+    """The first problem of a pydantic error as one line: the field, and its value or the nearest of the ``known``."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{where} is missing; give it"
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(first["loc"][-1]), list(known), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}" if known else ""
+        return f"there is no field {where!r}{hint}"
     return f"{where}={first['input']!r}: {message}" if where else message

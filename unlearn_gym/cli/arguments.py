@@ -6,17 +6,22 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+
+from unlearn_gym.engines import Engine
 
 if TYPE_CHECKING:
     from unlearn_gym.evaluation.comparison import CellProgress
 
 Threads = Annotated[int | None, tyro.conf.arg(help="torch threads; default: torch's own choice")]
 EngineName = Annotated[
-    Literal["joblib", "ray"],
+    Engine,
     tyro.conf.arg(help="ray: on the cluster of $RAY_ADDRESS, else a local one (needs the extra 'distributed')"),
+]
+OptionTexts = Annotated[
+    tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(help="a run setting, e.g. horizon=100; repeatable")
 ]
 DataRoot = Annotated[
     Path | None,
@@ -67,6 +72,27 @@ def required_root(data_root: Path | None) -> Path:
     if root is None:
         raise DataError(f"this command needs the full data: give --data-root or set {DATA_ROOT_VARIABLE}")
     return root
+
+
+def parse_options(texts: tuple[str, ...]) -> dict[str, Any]:
+    """``name=value`` each, the value as JSON where it is JSON; raises ``SettingsError``."""
+    import json
+
+    from unlearn_gym.errors import SettingsError
+    from unlearn_gym.settings import RunSettings
+
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or name in options:
+            raise SettingsError(f"option {text!r} must be name=value, as in horizon=100, each name once")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+        if name not in RunSettings.model_fields:
+            RunSettings().override(**{name: options[name]})  # raises with the nearest name
+    return options
 
 
 SHOWN = ("forget_rate", "forget_loss", "retain_loss", "feature_kid")

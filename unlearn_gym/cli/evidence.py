@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from unlearn_gym.cli.arguments import DataRoot, EngineName, Threads, cell_bar, invocation, set_threads
+from unlearn_gym.cli.arguments import (
+    DataRoot,
+    EngineName,
+    OptionTexts,
+    Threads,
+    cell_bar,
+    invocation,
+    parse_options,
+    set_threads,
+)
 
 if TYPE_CHECKING:
     from unlearn_gym.evaluation.judge import EvaluationSettings
@@ -35,9 +44,7 @@ def compare(
     quality_samples: QualitySamples = 1000,
     likelihood_samples: LikelihoodSamples = 0,
     inception_weights: InceptionWeights = None,
-    option: Annotated[
-        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(help="a run setting, e.g. horizon=100; repeatable")
-    ] = (),
+    option: OptionTexts = (),
     data_root: DataRoot = None,
     download: bool = False,
 ) -> None:
@@ -52,7 +59,7 @@ def compare(
         task=task,
         policies=policies or default_policies(task),
         seeds=tuple(range(first_seed, first_seed + seeds)),
-        options=_parse_options(option),
+        options=parse_options(option),
         evaluation=_evaluation(forget_samples, quality_samples, likelihood_samples, inception_weights),
         data_root=None if root is None else str(root.resolve()),
     )
@@ -161,24 +168,6 @@ def _evaluation(forget: int, quality: int, likelihood: int, inception_weights: P
     return EvaluationSettings(forget, quality, num_likelihood_samples=likelihood, inception_weights=weights)
 
 
-def _parse_options(texts: tuple[str, ...]) -> dict[str, Any]:
-    """``name=value`` each, with the value as JSON where it is JSON."""
-    import json
-
-    from unlearn_gym.errors import SettingsError
-
-    options: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or name in options:
-            raise SettingsError(f"option {text!r} must be name=value, as in horizon=100, each name once")
-        try:
-            options[name] = json.loads(value)
-        except ValueError:
-            options[name] = value
-    return options
-
-
 def _print_tables(results: Results) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -229,23 +218,9 @@ def bench(
 
 
 def agents() -> None:
-    """List the agents that ship: what each was trained on, how long, and how to use it."""
-    import json
-
-    from unlearn_gym.evaluation.tables import NOTHING, markdown_table
+    """List the agents that ship: what each was trained on, how long, what came of it, and how to use it."""
     from unlearn_gym.policies.registry import SHIPPED_AGENTS
+    from unlearn_gym.shipped import score_table, training_table
 
-    rows = []
-    for path in sorted(SHIPPED_AGENTS.glob("*/*.zip")):
-        manifest = json.loads(path.with_suffix(".json").read_text())
-        means = [sum(stage["returns"]) / len(stage["returns"]) for stage in manifest.get("validation", [])]
-        rows.append(
-            [
-                f"`{path.parent.name}/{path.name}`", manifest.get("algorithm", "ppo"),
-                manifest.get("instances") or manifest["task"], manifest["reward"], str(manifest["seed"]),
-                f"{manifest['timesteps']:,}", f"{manifest['seconds'] / 60:.1f}",
-                ", ".join(f"{mean:.2f}" for mean in means) or NOTHING,
-            ]
-        )  # fmt: skip
-    header = ["file", "algorithm", "trained on", "reward", "seed", "steps", "minutes", "validation returns"]
-    print(f"{markdown_table(header, rows)}\n\nin {SHIPPED_AGENTS}")
+    scores = "On test instances (docs/transfer/transfer.md says where an agent knows a task of them):"
+    print(f"{training_table()}\n\n{scores}\n\n{score_table()}\n\nin {SHIPPED_AGENTS}")

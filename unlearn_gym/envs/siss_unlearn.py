@@ -86,7 +86,7 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     | F | mean classifier features of 16 samples drawn now, less those at the start, over their standard deviation \
 there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samples forward 5 times, classifier |
 
-    Together they multiply the time of a step, on a CPU, by about 1.7 on ``gaussians-2d`` and 2.9 on
+    Together they multiply the time of a step, on a CPU, by about 1.7 on ``gaussians-2d`` and 2.8 on
     ``mnist-trousers``.
 
     ## Rewards
@@ -108,11 +108,11 @@ there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samp
     ``-divergence_penalty``. Never truncated.
 
     ## Arguments
-    ``task``: a registered task's name, "mnist-trousers" if neither it nor ``instances`` is given. ``instances``: a set
-    from which every episode draws what it unlearns (what an instance says goes before options), by name
-    (``"gaussians-2d/train"``), from a file or as a list; see :mod:`unlearn_gym.instances`. ``render_mode``: None or
-    ``"rgb_array"``. ``data_root``: folder with torchvision's MNIST, else the environment variable
-    ``UNLEARN_GYM_DATA_ROOT``, else the shipped subset. ``download``: let torchvision fill that folder. Every field of
+    ``task``: a registered task's name, by default "mnist-trousers". ``instances``: in its place a set from which every
+    episode draws what it unlearns (what an instance says goes before options), by name (``"gaussians-2d/train"``),
+    from a file or as a list; see :mod:`unlearn_gym.instances`. ``render_mode``: None or ``"rgb_array"``.
+    ``data_root``: folder with torchvision's MNIST, else the environment variable ``UNLEARN_GYM_DATA_ROOT``, else the
+    shipped subset. ``download``: let torchvision fill that folder. Every field of
     :class:`unlearn_gym.settings.RunSettings` replaces the task's default:
     ``gym.make("SISSUnlearn-v0", task="gaussians-2d", horizon=100, learning_rate=1e-4)``. Raises
     ``TaskError``, ``SettingsError``, ``DataError`` or ``WeightsError`` in one line.
@@ -138,6 +138,8 @@ there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samp
     ) -> None:
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise SettingsError(f"render_mode={render_mode!r} must be one of {self.metadata['render_modes']} or None")
+        if task is not None and instances is not None:
+            raise SettingsError(f"task={task!r} beside instances=: give one of them")
         self.instances = None if instances is None else load_instances(instances)
         self.render_mode = render_mode
         self._options, self._data_root, self._download = options, data_root, download

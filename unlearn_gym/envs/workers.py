@@ -81,7 +81,8 @@ def _make_group(plan: WorkerPlan, size: int) -> EnvGroup:
             register_task(task)
     data, more = TaskData.load(plan.shared)
     provide_data(plan.tasks[0], plan.data_root, data)
-    envs = [SISSUnlearnEnv(plan.tasks[0].name, data_root=plan.data_root, **plan.options) for _ in range(size)]
+    name = None if plan.options.get("instances") is not None else plan.tasks[0].name
+    envs = [SISSUnlearnEnv(name, data_root=plan.data_root, **plan.options) for _ in range(size)]
     envs[0].share(more["start_vector"], envs[0].run.data)
     return EnvGroup(envs, plan.mode)
 

@@ -34,7 +34,7 @@ from unlearn_gym.evaluation.results import CELL_FORMAT, Results, load_results
 from unlearn_gym.evaluation.store import CellStore
 from unlearn_gym.files import sha256, write_json
 from unlearn_gym.models.classifier import CLASSIFIER_WEIGHTS
-from unlearn_gym.policies import make_policy, missing_source, policy_sources
+from unlearn_gym.policies import existing_sources, make_policy, policy_sources
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.tasks import Task, get_task, load_data, register_task, resolve_data_root, task_names
 
@@ -125,11 +125,7 @@ class Comparison:
         }  # fmt: skip
         keys = {}
         for policy in (*self.references(), *self.policies):
-            sources = policy_sources(policy, self.task)
-            missing = [path for path in sources if not path.is_file()]
-            if missing:
-                raise PolicyError(missing_source(policy, self.task, missing[0]))
-            own = {**common, "source": [sha256(path) for path in sources]}
+            own = {**common, "source": [sha256(path) for path in existing_sources(policy, self.task)]}
             keys[policy] = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()[:16]
         return keys
 

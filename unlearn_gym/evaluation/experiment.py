@@ -114,7 +114,8 @@ def load_experiment(name: str) -> Experiment:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ResultsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
-        raise ResultsError(f"{path}: {describe_validation_error(error)}") from None
+        known = [*Experiment.model_fields, *Arm.model_fields, *Quick.model_fields]
+        raise ResultsError(f"{path}: {describe_validation_error(error, known)}") from None
 
 
 def run_experiment(

@@ -1,7 +1,7 @@
 """Policies that choose λ: the protocol, the reference policies, and how to name them."""
 
 from unlearn_gym.policies.base import FunctionPolicy, LambdaPolicy, PolicyContext, Transition
-from unlearn_gym.policies.registry import USAGE, make_policy, missing_source, policy_sources
+from unlearn_gym.policies.registry import USAGE, existing_sources, make_policy, policy_sources
 
 __all__ = [
     "USAGE",
@@ -9,7 +9,7 @@ __all__ = [
     "LambdaPolicy",
     "PolicyContext",
     "Transition",
+    "existing_sources",
     "make_policy",
-    "missing_source",
     "policy_sources",
 ]

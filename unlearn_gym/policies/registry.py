@@ -76,14 +76,18 @@ def policy_sources(spec: str, task: str) -> list[Path]:
     return [Path(module.origin)] if module is not None and module.origin else []
 
 
-def missing_source(spec: str, task: str, path: Path) -> str:
-    """What to say of a policy whose file ``path`` is missing."""
-    if spec in SHIPPED_NAMES:
-        return (
+def existing_sources(spec: str, task: str) -> list[Path]:
+    """:func:`policy_sources`, or :class:`PolicyError` where one of these files is missing."""
+    sources = policy_sources(spec, task)
+    missing = next((path for path in sources if not path.is_file()), None)
+    if missing is not None and spec in SHIPPED_NAMES:
+        raise PolicyError(
             f"policy {spec!r}: no such agent ships for task {task!r}; give the path of another task's, which "
             f"'unlearn-gym agents' lists, or train one with 'python -m agents.train --task {task}'"
         )
-    return f"policy {spec!r}: there is no {path}; correct the path or name"
+    if missing is not None:
+        raise PolicyError(f"policy {spec!r}: there is no {missing}; correct the path or name")
+    return sources
 
 
 def _task_files(name: str) -> list[Path]:

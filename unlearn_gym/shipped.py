@@ -1,0 +1,69 @@
+"""The agents that ship, with what their manifests and their scores on the test instances say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from unlearn_gym.evaluation.statistics import Estimate
+from unlearn_gym.evaluation.tables import NOTHING, estimate_text, markdown_table, p_text
+from unlearn_gym.policies.registry import SHIPPED_AGENTS
+
+SCORES = SHIPPED_AGENTS / "scores.json"
+"""What ``agents.transfer`` measured, by the files' SHA-256."""
+
+
+def shipped_agents() -> dict[Path, dict[str, Any]]:
+    """The manifest of every agent that ships."""
+    return {path: json.loads(path.with_suffix(".json").read_text()) for path in sorted(SHIPPED_AGENTS.glob("*/*.zip"))}
+
+
+def steps_to_best_static(manifest: dict[str, Any]) -> int | None:
+    """Environment steps until a validation's mean return first reached the best static λ's on the same episodes."""
+    threshold = max(manifest["static_returns"].values())
+    return next((s["timesteps"] for s in manifest["validation"] if _mean(s["returns"]) >= threshold), None)
+
+
+def training_table() -> str:
+    """What every agent was trained on, and its validation returns beside the best static λ's."""
+    rows = []
+    for path, manifest in shipped_agents().items():
+        best = max(manifest["static_returns"], key=manifest["static_returns"].__getitem__)
+        steps = steps_to_best_static(manifest)
+        rows.append(
+            [
+                _name(path), manifest["algorithm"], manifest["instances"] or manifest["task"], manifest["reward"],
+                str(manifest["seed"]), f"{manifest['timesteps']:,}", f"{manifest['seconds'] / 60:.1f}",
+                ", ".join(f"{_mean(stage['returns']):.2f}" for stage in manifest["validation"]),
+                f"{manifest['static_returns'][best]:.2f} (λ = {best.removeprefix('static:')})",
+                "never" if steps is None else f"{steps:,}",
+            ]
+        )  # fmt: skip
+    header = ["file", "algorithm", "trained on", "reward", "seed", "steps", "minutes"]
+    return markdown_table([*header, "validation returns", "best static λ", "steps to that"], rows)
+
+
+def score_table() -> str:
+    """Every agent's score on test instances less the best static λ's of the set by hindsight."""
+    scores = json.loads(SCORES.read_text())["agents"]
+    sets = list(dict.fromkeys(name for found in scores.values() for name in found))
+    rows = []
+    for path, manifest in shipped_agents().items():
+        found = scores.get(manifest["sha256"], {})
+        rows.append([_name(path), *(_difference(found.get(name)) for name in sets)])
+    return markdown_table(["score − best static λ on", *sets], rows)
+
+
+def _difference(found: dict[str, Any] | None) -> str:
+    if found is None or found["difference"] is None:
+        return NOTHING
+    return f"{estimate_text(Estimate(*found['difference']), '{:+.3f}'.format)}, p {p_text(found['p_value'])}"
+
+
+def _name(path: Path) -> str:
+    return f"`{path.parent.name}/{path.name}`"
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
