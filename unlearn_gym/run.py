@@ -15,6 +15,7 @@ from unlearn_gym import siss
 from unlearn_gym.diffusion import q_sample
 from unlearn_gym.errors import RunError
 from unlearn_gym.models.flat import FlatParameters
+from unlearn_gym.objectives import NUM_NEIGHBOURS, OBJECTIVES, nearest
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.step import (
     SECOND_MOMENT_GRID,
@@ -25,7 +26,6 @@ from unlearn_gym.step import (
     clip_factor,
     draw_batch,
     gradient_norms,
-    mix,
     pack,
     unpack,
 )  # fmt: skip
@@ -83,6 +83,7 @@ class UnlearningRun:
     ) -> None:
         device = settings.device
         self.settings = settings
+        self.objective = OBJECTIVES[settings.objective]
         self.data = data.to(device)
         self.alphas_cumprod = alphas_cumprod.to(device)
         self.model = model.to(device).to(memory_format=torch.channels_last).eval()  # dropout would draw globally
@@ -98,6 +99,9 @@ class UnlearningRun:
             settings.dataset_factors, data.retain_size or len(data.retain), data.forget_size or len(data.forget)
         )
         self._coefs = {"retain_coef": self.retain_coef, "forget_coef": self.forget_coef}
+        self._neighbours = self._find_neighbours() if self.objective.extra == "neighbours" else None
+        self._rule: Any = {"sign": self.objective.sign, "projects": self.objective.projects}
+        self._signed_scale = self.objective.sign * settings.forget_scale
         self.generator = torch.Generator(device)
         self.measure_generator = torch.Generator(device)
         self.grid = torch.tensor(SECOND_MOMENT_GRID, dtype=torch.float32, device=device)
@@ -120,8 +124,18 @@ class UnlearningRun:
         self.measure_generator.manual_seed(seed + 2**32)
 
     def draw(self, generator: torch.Generator) -> Batch:
-        """A batch of pairs, drawn with replacement."""
-        return draw_batch(self.data, self.settings.batch_size, len(self.alphas_cumprod), generator)
+        """A batch of pairs, drawn with replacement, with what the objective needs more."""
+        batch = draw_batch(self.data, self.settings.batch_size, len(self.alphas_cumprod), generator)
+        if self.objective.extra == "uniform":
+            return batch._replace(extra=torch.rand(batch.noise.shape, generator=generator, device=generator.device))
+        if self._neighbours is not None:
+            neighbours = self.data.retain[self._neighbours[batch.forget_index]]
+            return batch._replace(extra=to_model_range(neighbours))
+        return batch
+
+    def _find_neighbours(self) -> Tensor:
+        """Of each forget sample the nearest retain samples' indices, ``(K_f, NUM_NEIGHBOURS)``."""
+        return nearest(self.data.forget, self.data.retain, NUM_NEIGHBOURS)
 
     def update(self, lambda_: float) -> StepTerms:
         """One forward pass, two backward passes, one optimizer step.
@@ -180,13 +194,15 @@ class UnlearningRun:
     def _draw(self, lambda_: float, generator: torch.Generator) -> tuple[Draw, Tensor]:
         """The next draw of ``generator``, and λ on the run's device."""
         value = torch.full((), lambda_, device=generator.device)
-        return mix(self.draw(generator), self.alphas_cumprod, value), value
+        return self.objective.draw(self.draw(generator), self.alphas_cumprod, value), value
 
     def _separate_gradients(self, draw: Draw) -> tuple[siss.SISSTerms, GradientNorms]:
         """Fill ``retain_grad`` and ``forget_grad``, by one forward and two backward passes or less."""
-        rows = self._weighted_rows(draw.targets)
+        rows = self.objective.own_rows(len(draw.x_t), draw.x_t.device) or self._weighted_rows(draw.targets)
         terms = self._whole_passes(draw) if rows is None else self._split_passes(draw, rows)
-        return terms, gradient_norms(self.retain_grad, self.forget_grad, terms.forget_weight, self.settings)
+        return terms, gradient_norms(
+            self.retain_grad, self.forget_grad, terms.forget_weight, self.settings, **self._rule
+        )
 
     def _weighted_rows(self, targets: siss.MixtureTargets) -> tuple[Tensor, Tensor] | None:
         """Which samples have a retain and which a forget weight, if each side's passes on its own pay."""
@@ -227,7 +243,7 @@ class UnlearningRun:
     def _combined_gradient(self, draw: Draw) -> tuple[siss.SISSTerms, GradientNorms]:
         """Fill ``update_grad`` by one backward pass of L_SISS; the separate norms are those last measured."""
         epsilon_pred = self.model(draw.x_t, draw.timesteps, draw.labels)
-        terms, scale = self._terms(epsilon_pred, draw), self.settings.forget_scale
+        terms, scale = self._terms(epsilon_pred, draw), self._signed_scale
         retain_output_grad, forget_output_grad = siss.output_gradients(terms, **self._coefs)
         output_grad = retain_output_grad - scale * forget_output_grad
         self._backward(epsilon_pred, output_grad, self.update_grad, self._update_views, retain_graph=False)
@@ -237,7 +253,7 @@ class UnlearningRun:
 
     @torch.no_grad()
     def _terms(self, epsilon_pred: Tensor, draw: Draw) -> siss.SISSTerms:
-        return siss.siss_terms(epsilon_pred, draw.targets, forget_scale=self.settings.forget_scale, **self._coefs)
+        return siss.siss_terms(epsilon_pred, draw.targets, forget_scale=self._signed_scale, **self._coefs)
 
     def _backward(
         self, output: Tensor, output_grad: Tensor | None, gradient: Tensor, views: list[Tensor], *, retain_graph: bool
@@ -252,9 +268,9 @@ class UnlearningRun:
         self, lambda_: float, value: Tensor, draw: Draw, terms: siss.SISSTerms, norms: GradientNorms, norms_age: int
     ) -> StepTerms:
         """Everything the step measured, brought over from the device in one transfer."""
-        scale = self.settings.forget_scale
+        scale: Any = {"forget_scale": self.settings.forget_scale, **self._coefs}
         packed = pack(
-            draw, terms, norms, value, self.flat.vector.sum(), self.grid, forget_scale=scale, **self._coefs
+            draw, terms, norms, value, self.flat.vector.sum(), self.grid, objective=self.objective, **scale
         )  # fmt: skip
         step_terms = unpack(packed.double().cpu().numpy(), lambda_, norms_age)
         self.diverged = step_terms.diverged

@@ -35,6 +35,8 @@ def usable_device(name: str) -> str:
 class RunSettings(BaseModel):
     """Options of :class:`unlearn_gym.run.UnlearningRun` and of the environment around it.
 
+    ``objective``: what an update minimises, see :mod:`unlearn_gym.objectives`; all but ``"siss"`` are baselines.
+
     ``dataset_factors`` gives (c_r, c_f), with N samples in all and K to forget: ``"siss"`` = (N/(N-K), K/(N-K)),
     the SISS paper and code; ``"inverse_size"`` = (N/(N-K), N/K), the adaptive-λ paper's text; ``"none"`` = (1, 1).
 
@@ -58,6 +60,7 @@ class RunSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    objective: Literal["siss", "siss-no-is", "bernoulli", "naive", "neggrad", "erasediff", "retrack"] = "siss"
     dataset_factors: Literal["siss", "inverse_size", "none"] = "siss"
     forget_grad_rule: Literal["loss", "fixed_norm", "relative_norm"] = "relative_norm"
     forget_grad_norm: float = Field(0.5, ge=0)
@@ -108,6 +111,19 @@ class RunSettings(BaseModel):
             raise ValueError(
                 f"grad_norms={self.grad_norms!r} goes with forget_grad_rule='loss' only: "
                 f"{self.forget_grad_rule!r} needs both norms at every update"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> Self:
+        if self.objective == "neggrad" and self.forget_grad_rule == "relative_norm":
+            raise ValueError(
+                "objective='neggrad' has no retain gradient for forget_grad_rule='relative_norm' to be relative to; "
+                "use 'loss' or 'fixed_norm'"
+            )
+        if self.objective == "erasediff" and self.grad_norms != "exact":
+            raise ValueError(
+                f"objective='erasediff' needs both gradients always, so grad_norms={self.grad_norms!r} must be 'exact'"
             )
         return self
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from unlearn_gym import siss
 from unlearn_gym.errors import RunError
 from unlearn_gym.run import UnlearningRun, make_optimizer
-from unlearn_gym.step import Batch, Draw, StepTerms, clip_factor, gradient_norms, mix, pack, unpack
+from unlearn_gym.step import Batch, Draw, StepTerms, clip_factor, gradient_norms, pack, unpack
 
 
 class StackedRuns:
@@ -41,11 +41,14 @@ class StackedRuns:
         self._names = [name for name, p in first.model.named_parameters() if p.requires_grad]
         coefs: dict[str, Any] = {"retain_coef": first.retain_coef, "forget_coef": first.forget_coef}
         scaled = coefs | {"forget_scale": self.settings.forget_scale}
-        self._mix = torch.vmap(mix, in_dims=(0, None, 0))
-        self._terms = torch.vmap(partial(siss.siss_terms, **scaled))
+        objective = first.objective
+        self._mix = torch.vmap(objective.draw, in_dims=(0, None, 0))
+        signed = coefs | {"forget_scale": objective.sign * self.settings.forget_scale}
+        self._terms = torch.vmap(partial(siss.siss_terms, **signed))
         self._output_gradients = torch.vmap(partial(siss.output_gradients, **coefs))
-        self._norms = torch.vmap(partial(gradient_norms, settings=self.settings))
-        self._pack = torch.vmap(partial(pack, **scaled), in_dims=(0, 0, 0, 0, 0, None))
+        rule: Any = {"sign": objective.sign, "projects": objective.projects}
+        self._norms = torch.vmap(partial(gradient_norms, settings=self.settings, **rule))
+        self._pack = torch.vmap(partial(pack, objective=objective, **scaled), in_dims=(0, 0, 0, 0, 0, None))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles stack the copied runs anew."""
@@ -83,6 +86,10 @@ class StackedRuns:
         if batches[0].retain_labels is None:
             none = torch.zeros_like(batches[0].timesteps)
             batches = [batch._replace(retain_labels=none, forget_labels=none) for batch in batches]
+        if batches[0].extra is None:
+            batches = [
+                batch._replace(extra=batch.forget_index) for batch in batches
+            ]  # vmap wants tensors; read by none
         columns: Any = zip(*batches, strict=True)
         return Batch(*(torch.stack(parts) for parts in columns))
 

@@ -5,7 +5,7 @@ with ``torch.vmap``, for many.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 from unlearn_gym import siss
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.tasks.data import TaskData, to_model_range
+
+if TYPE_CHECKING:
+    from unlearn_gym.objectives import Objective
 
 FEATURES = ("retain_loss", "forget_loss", "retain_grad_norm", "forget_grad_norm")
 """The measured quantities that make up an observation, in its order."""
@@ -33,7 +36,8 @@ class StepTerms:
     ``norms_age``: updates since both norms were measured, 0 unless ``grad_norms="every:k"``.
     ``lambda_gradients``: dL_SISS/dλ by estimator (see :func:`unlearn_gym.siss.lambda_gradients`), and
     ``"variance"``: d log M/dλ of the gradient's second moment M. ``second_moment (3, 49)``: M's parts
-    ⟨g_r, g_r⟩, ⟨g_r, g_f⟩, ⟨g_f, g_f⟩ at ``SECOND_MOMENT_GRID`` (:func:`unlearn_gym.siss.combine_products`).
+    ⟨g_r, g_r⟩, ⟨g_r, g_f⟩, ⟨g_f, g_f⟩ at ``SECOND_MOMENT_GRID`` (:func:`unlearn_gym.siss.combine_products`); zeros
+    where λ is no mixture's (:mod:`unlearn_gym.objectives`). ``siss_loss``: what is minimised, whatever the objective.
     ``retain_ess``, ``forget_ess``: effective sample size (Σw)²/Σw² in 0..B; ``negligible_fraction``: share
     of the 2B weights below 0.001; ``forget_fraction``: share of x_t drawn from forget samples.
     ``forget_multiplier``: the factor that the forget gradient got; ``update_norm``: norm of the whole
@@ -70,7 +74,11 @@ SLOPES = ("pathwise", "score_function", "kl_only", "variance")
 
 
 class Batch(NamedTuple):
-    """One pair batch: samples ``(B, *S)`` in model range, labels ``(B,)`` or None, ``uniforms (B,)`` in [0, 1)."""
+    """One pair batch: samples ``(B, *S)`` in model range, labels ``(B,)`` or None, ``uniforms (B,)`` in [0, 1).
+
+    ``extra``: what an objective needs more of the forget samples, uniform noise ``(B, *S)`` or neighbours
+    ``(B, K, *S)``.
+    """
 
     retain: Tensor
     forget: Tensor
@@ -79,6 +87,8 @@ class Batch(NamedTuple):
     noise: Tensor
     timesteps: Tensor
     uniforms: Tensor
+    forget_index: Tensor
+    extra: Tensor | None = None
 
 
 class Draw(NamedTuple):
@@ -114,6 +124,7 @@ def draw_batch(data: TaskData, size: int, num_timesteps: int, generator: torch.G
         torch.randn(retain.shape, generator=generator, device=device),
         torch.randint(num_timesteps, (size,), generator=generator, device=device),
         torch.rand(size, generator=generator, device=device),
+        forget_index,
     )
 
 
@@ -131,9 +142,18 @@ def mix(batch: Batch, alphas_cumprod: Tensor, lambda_: Tensor) -> Draw:
 
 
 def gradient_norms(
-    retain_grad: Tensor, forget_grad: Tensor, forget_weight: Tensor, settings: RunSettings
+    retain_grad: Tensor,
+    forget_grad: Tensor,
+    forget_weight: Tensor,
+    settings: RunSettings,
+    *,
+    sign: float,
+    projects: bool,
 ) -> GradientNorms:
     """The norms of both gradients ``(P,)``, the forget gradient's factor by its rule, and the norm of the whole.
+
+    ``sign`` is the objective's σ. With ``projects`` the factor is EraseDiff's, -max(0, 1+s - ⟨g_r, g_f⟩/‖g_f‖²): just
+    so much that the update's product with the forget gradient is at least ``forget_scale`` times that one's square.
 
     The norm rules would blow a batch without forget data up to full strength: where all its forget
     weights are negligible, the direction of their gradient means nothing and its factor is 0.
@@ -141,12 +161,16 @@ def gradient_norms(
     r, f, rule = retain_grad, forget_grad, settings.forget_grad_rule
     rr, rf, ff = torch.dot(r, r), torch.dot(r, f), torch.dot(f, f)
     retain, forget = rr.sqrt(), ff.sqrt()
-    if rule == "loss":
+    if projects:
+        missing = settings.forget_scale - rf / ff.clamp_min(torch.finfo(ff.dtype).tiny)
+        multiplier = missing.clamp_min(0.0)
+    elif rule == "loss":
         multiplier = torch.full_like(forget, settings.forget_scale)
     else:
         target = settings.forget_grad_norm * (retain if rule == "relative_norm" else 1.0)
         says_something = (forget > 0) & (forget_weight.max() > NEGLIGIBLE_WEIGHT)
         multiplier = torch.where(says_something, target / forget, torch.zeros_like(forget))
+    multiplier = sign * multiplier
     update = (rr - 2.0 * multiplier * rf + multiplier.square() * ff).clamp_min(0.0).sqrt()
     return GradientNorms(retain, forget, multiplier, update)
 
@@ -171,6 +195,7 @@ def pack(
     parameter_sum: Tensor,
     grid: Tensor,
     *,
+    objective: Objective,
     retain_coef: float,
     forget_coef: float,
     forget_scale: float,
@@ -180,10 +205,12 @@ def pack(
     ``parameter_sum ()`` is the sum of all parameters: not finite as soon as one of them is not.
     """
     coefs = {"retain_coef": retain_coef, "forget_coef": forget_coef}
-    slopes = siss.lambda_gradients(terms, draw.from_forget, lambda_, forget_scale=forget_scale, **coefs)
-    products = siss.output_gradient_products(terms, **coefs)
-    moment = siss.gradient_second_moment(terms, products, grid)
-    slopes["variance"] = siss.second_moment_slope(terms, products, norms.forget_multiplier)
+    slopes = objective.lambda_gradients(terms, draw.from_forget, lambda_, forget_scale=forget_scale, **coefs)
+    moment, slopes["variance"] = torch.zeros(3, len(grid), device=grid.device), torch.zeros_like(terms.siss_loss)
+    if objective.lambda_role == "mixture":
+        products = siss.output_gradient_products(terms, **coefs)
+        moment = siss.gradient_second_moment(terms, products, grid)
+        slopes["variance"] = siss.second_moment_slope(terms, products, norms.forget_multiplier)
     w_r, w_f = terms.retain_weight, terms.forget_weight
     negligible = torch.cat([w_r, w_f]) < NEGLIGIBLE_WEIGHT
     scalars = [

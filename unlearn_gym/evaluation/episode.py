@@ -39,7 +39,9 @@ def policy_context(env: SISSUnlearnEnv) -> PolicyContext:
     """What policies may know of ``env``."""
     s = env.settings
     low, high = (tuple(bound.tolist()) for bound in (env.observation_space.low, env.observation_space.high))
-    return PolicyContext(env.task.name, s.lambda_min, s.lambda_max, s.horizon, low, high, env.observation_extra)
+    return PolicyContext(
+        env.task.name, s.lambda_min, s.lambda_max, s.horizon, low, high, env.observation_extra, s.objective
+    )
 
 
 def run_episode(

@@ -50,6 +50,7 @@ class PolicyContext:
     observation_low: tuple[float, ...] = ()
     observation_high: tuple[float, ...] = ()
     observation_extra: int = 0
+    objective: str = "siss"
 
     def from_unit(self, share: float) -> float:
         """Map [0, 1] onto [lambda_min, lambda_max]."""
