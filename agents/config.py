@@ -70,6 +70,16 @@ class AgentConfig(BaseModel):
     noise_std: float = Field(0.1, gt=0)
     arguments: dict[str, Any] = {}
 
+    def check_length(self, timesteps: int) -> None:
+        """Raise ``SettingsError`` where a training of so many steps would learn nothing."""
+        if timesteps < 1:
+            raise SettingsError(f"timesteps={timesteps} must be at least 1")
+        starts = self.arguments.get("learning_starts", 0)
+        if timesteps <= starts:
+            raise SettingsError(
+                f"timesteps={timesteps} must be above learning_starts={starts}: before, nothing is learned"
+            )
+
     def make(self, env: Any, **more: Any) -> BaseAlgorithm:
         """The agent, untrained; raises ``SettingsError`` with what the algorithm says of a value that it refuses."""
         kind: Any = algorithm_class(self.algorithm)

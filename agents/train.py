@@ -55,8 +55,6 @@ def train(
     tasks = tuple(get_task(name).name for name in (task if task or instances else ("mnist-trousers",)))
     settings = load_config(algo, tasks[0] if len(tasks) == 1 else instances or "", config)
     total = settings.n_timesteps if timesteps is None else timesteps
-    if total < 1:
-        raise SettingsError(f"timesteps={total} must be at least 1")
     options = {"reward": reward, **({"observation": observation} if observation != "paper" else {})}
     more = parse_options(option)
     for name in {"reward", "observation"} & set(more):

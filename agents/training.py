@@ -128,9 +128,7 @@ def train_agent(
     validation seeds. Raises ``SettingsError`` when the folder holds another training or a damaged one.
     """
     plan.validate()
-    starts = plan.config.arguments.get("learning_starts", 0)
-    if timesteps <= starts:
-        raise SettingsError(f"timesteps={timesteps} must be above learning_starts={starts}: before, nothing is learned")
+    plan.config.check_length(timesteps)
     stages = read_stages(plan, folder)
     env, validation = plan.make_env(), plan.make_env()
     try:

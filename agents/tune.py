@@ -99,17 +99,11 @@ def tune(
     if importlib.util.find_spec("optuna") is None:
         raise SettingsError("agents.tune needs optuna; install it with: pip install 'unlearn_gym[agents]'")
     base = load_config(algo, task, config)
-    for name, value in (
-        ("trials", trials),
-        ("stages", stages),
-        ("jobs", jobs),
-        ("timesteps", 1 if timesteps is None else timesteps),
-    ):
+    for name, value in (("trials", trials), ("stages", stages), ("jobs", jobs)):
         if value < 1:
             raise SettingsError(f"{name}={value} must be at least 1")
     total = base.n_timesteps if timesteps is None else timesteps
-    if total <= base.arguments.get("learning_starts", 0):
-        raise SettingsError(f"timesteps={total} must be above learning_starts={base.arguments['learning_starts']}")
+    base.check_length(total)
     every = -(-total // stages)
     plan = Plan(
         base, (task,), None, {"reward": reward}, seed, base.n_envs if n_envs is None else n_envs, every, eval_episodes

@@ -99,8 +99,11 @@ class UnlearningRun:
             settings.dataset_factors, data.retain_size or len(data.retain), data.forget_size or len(data.forget)
         )
         self._coefs = {"retain_coef": self.retain_coef, "forget_coef": self.forget_coef}
-        self._neighbours = self._find_neighbours() if self.objective.extra == "neighbours" else None
-        self._rule: Any = {"sign": self.objective.sign, "projects": self.objective.projects}
+        self._neighbours = (
+            nearest(self.data.forget, self.data.retain, NUM_NEIGHBOURS)
+            if self.objective.extra == "neighbours"
+            else None
+        )
         self._signed_scale = self.objective.sign * settings.forget_scale
         self.generator = torch.Generator(device)
         self.measure_generator = torch.Generator(device)
@@ -132,10 +135,6 @@ class UnlearningRun:
             neighbours = self.data.retain[self._neighbours[batch.forget_index]]
             return batch._replace(extra=to_model_range(neighbours))
         return batch
-
-    def _find_neighbours(self) -> Tensor:
-        """Of each forget sample the nearest retain samples' indices, ``(K_f, NUM_NEIGHBOURS)``."""
-        return nearest(self.data.forget, self.data.retain, NUM_NEIGHBOURS)
 
     def update(self, lambda_: float) -> StepTerms:
         """One forward pass, two backward passes, one optimizer step.
@@ -201,7 +200,7 @@ class UnlearningRun:
         rows = self.objective.own_rows(len(draw.x_t), draw.x_t.device) or self._weighted_rows(draw.targets)
         terms = self._whole_passes(draw) if rows is None else self._split_passes(draw, rows)
         return terms, gradient_norms(
-            self.retain_grad, self.forget_grad, terms.forget_weight, self.settings, **self._rule
+            self.retain_grad, self.forget_grad, terms.forget_weight, self.settings, self.objective
         )
 
     def _weighted_rows(self, targets: siss.MixtureTargets) -> tuple[Tensor, Tensor] | None:

@@ -46,8 +46,7 @@ class StackedRuns:
         signed = coefs | {"forget_scale": objective.sign * self.settings.forget_scale}
         self._terms = torch.vmap(partial(siss.siss_terms, **signed))
         self._output_gradients = torch.vmap(partial(siss.output_gradients, **coefs))
-        rule: Any = {"sign": objective.sign, "projects": objective.projects}
-        self._norms = torch.vmap(partial(gradient_norms, settings=self.settings, **rule))
+        self._norms = torch.vmap(partial(gradient_norms, settings=self.settings, objective=objective))
         self._pack = torch.vmap(partial(pack, objective=objective, **scaled), in_dims=(0, 0, 0, 0, 0, None))
 
     def __reduce__(self) -> tuple[Any, ...]:

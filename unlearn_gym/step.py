@@ -146,13 +146,11 @@ def gradient_norms(
     forget_grad: Tensor,
     forget_weight: Tensor,
     settings: RunSettings,
-    *,
-    sign: float,
-    projects: bool,
+    objective: Objective,
 ) -> GradientNorms:
     """The norms of both gradients ``(P,)``, the forget gradient's factor by its rule, and the norm of the whole.
 
-    ``sign`` is the objective's σ. With ``projects`` the factor is EraseDiff's, -max(0, 1+s - ⟨g_r, g_f⟩/‖g_f‖²): just
+    For an objective that ``projects`` the factor is EraseDiff's, -max(0, 1+s - ⟨g_r, g_f⟩/‖g_f‖²): just
     so much that the update's product with the forget gradient is at least ``forget_scale`` times that one's square.
 
     The norm rules would blow a batch without forget data up to full strength: where all its forget
@@ -161,7 +159,7 @@ def gradient_norms(
     r, f, rule = retain_grad, forget_grad, settings.forget_grad_rule
     rr, rf, ff = torch.dot(r, r), torch.dot(r, f), torch.dot(f, f)
     retain, forget = rr.sqrt(), ff.sqrt()
-    if projects:
+    if objective.projects:
         missing = settings.forget_scale - rf / ff.clamp_min(torch.finfo(ff.dtype).tiny)
         multiplier = missing.clamp_min(0.0)
     elif rule == "loss":
@@ -170,7 +168,7 @@ def gradient_norms(
         target = settings.forget_grad_norm * (retain if rule == "relative_norm" else 1.0)
         says_something = (forget > 0) & (forget_weight.max() > NEGLIGIBLE_WEIGHT)
         multiplier = torch.where(says_something, target / forget, torch.zeros_like(forget))
-    multiplier = sign * multiplier
+    multiplier = objective.sign * multiplier
     update = (rr - 2.0 * multiplier * rf + multiplier.square() * ff).clamp_min(0.0).sqrt()
     return GradientNorms(retain, forget, multiplier, update)
 
