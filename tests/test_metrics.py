@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from unlearn_gym.diffusion import reconstruct
 from unlearn_gym.errors import ResultsError, TaskError
 from unlearn_gym.evaluation.catalogue import BY_NAME, MEASURED, METRICS
 from unlearn_gym.evaluation.forgetting import (
     copy_threshold,
     membership_auc,
     nearest,
-    reconstruct,
     reconstruction_distance,
     wilson_interval,
 )

@@ -10,13 +10,14 @@ import torch
 
 from unlearn_gym.diffusion import q_sample
 from unlearn_gym.errors import PolicyError, SettingsError
-from unlearn_gym.objectives import OBJECTIVES, nearest
+from unlearn_gym.objectives import OBJECTIVES
+from unlearn_gym.objectives.epsilon import EPSILON_OBJECTIVES, nearest
 from unlearn_gym.policies import PolicyContext, make_policy
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.stacked import StackedRuns
 from unlearn_gym.tasks.data import to_model_range
 
-BASELINES = tuple(name for name in OBJECTIVES if name != "siss")
+BASELINES = tuple(name for name in EPSILON_OBJECTIVES if name != "siss")
 LOSS = {"forget_grad_rule": "loss", "optimizer": "sgd", "learning_rate": 0.01}
 
 
@@ -100,7 +101,7 @@ def test_without_importance_sampling_and_with_bernoulli_draws_the_expected_gradi
         assert means["siss"].square().sum() > 20 * expected  # the comparison says something
 
 
-@pytest.mark.parametrize("name", [n for n, o in OBJECTIVES.items() if o.lambda_role == "none"])
+@pytest.mark.parametrize("name", [n for n, o in EPSILON_OBJECTIVES.items() if o.lambda_role == "none"])
 def test_lambda_does_nothing_where_it_is_said_to(make_run, name):
     runs = [make_run(**options_of(name)) for _ in range(2)]
     for _ in range(3):
@@ -109,7 +110,7 @@ def test_lambda_does_nothing_where_it_is_said_to(make_run, name):
     torch.testing.assert_close(runs[0].flat.vector, runs[1].flat.vector, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", [n for n, o in OBJECTIVES.items() if o.lambda_role != "none"])
+@pytest.mark.parametrize("name", [n for n, o in EPSILON_OBJECTIVES.items() if o.lambda_role != "none"])
 def test_lambda_does_something_where_it_is_said_to(make_run, name):
     runs = [make_run(**options_of(name)) for _ in range(2)]
     for run, lambda_ in zip(runs, (0.1, 0.9), strict=True):
@@ -147,7 +148,7 @@ def test_retracks_target_is_what_the_retain_data_alone_would_have_predicted(make
     pool = to_model_range(run.data.retain[:64])
     batch = run.draw(run.generator)
     batch = batch._replace(extra=pool.expand(len(batch.noise), *pool.shape), forget=pool[batch.forget_index % 64])
-    drawn = OBJECTIVES["retrack"].draw(batch, run.alphas_cumprod, torch.tensor(0.5))
+    drawn = EPSILON_OBJECTIVES["retrack"].draw(batch, run.alphas_cumprod, torch.tensor(0.5))
     target, x_t = drawn.targets.forget_noise[512:], drawn.x_t[512:]
     torch.testing.assert_close(x_t, q_sample(batch.forget, batch.noise, batch.timesteps, run.alphas_cumprod))
     # an orthogonality that only the conditional mean has: E[(ε - target) h(x_t)] = 0
@@ -170,13 +171,13 @@ ROWS = {"siss": (16, 16), "siss-no-is": (32, 32), "bernoulli": (16, 16), "naive"
         "erasediff": (32, 32), "retrack": (32, 32)}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", EPSILON_OBJECTIVES)
 def test_no_sample_is_shown_more_often_than_the_objective_needs(make_run, name):
     run = make_run("mnist-trousers", **options_of(name))
     shown = []
     run.model.register_forward_pre_hook(lambda _, inputs: shown.append(len(inputs[0])))
     run.update(0.5)
-    low, high = (1, 16) if OBJECTIVES[name].rows == "mixture" else ROWS[name]
+    low, high = (1, 16) if EPSILON_OBJECTIVES[name].rows == "mixture" else ROWS[name]
     assert low <= sum(shown) <= high
 
 
@@ -194,7 +195,7 @@ def test_stacked_runs_do_the_same(make_run, task, name):
             assert found[i].lambda_gradients[name_] == pytest.approx(value, rel=2e-3, abs=1e-5), name_
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", EPSILON_OBJECTIVES)
 def test_a_restored_run_continues_bit_for_bit(make_run, name):
     run = make_run(**options_of(name))
     run.update(0.4)
@@ -229,10 +230,10 @@ def test_the_variance_policy_needs_a_mixture():
 
 def test_settings_name_the_objectives_that_there_are():
     annotation = RunSettings.model_fields["objective"].annotation
-    assert set(annotation.__args__) == set(OBJECTIVES)
+    assert set(annotation.__args__) == {name for objectives in OBJECTIVES.values() for name in objectives}
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", EPSILON_OBJECTIVES)
 def test_the_environment_runs_on_each(name):
     from unlearn_gym.envs import SISSUnlearnEnv
 

@@ -14,7 +14,7 @@ from unlearn_gym import siss
 from unlearn_gym.errors import RunError, SettingsError
 from unlearn_gym.models.flat import FlatParameters
 from unlearn_gym.siss import dataset_factors
-from unlearn_gym.step import unpack
+from unlearn_gym.step import mix, unpack
 
 COMBINED = {"forget_grad_rule": "loss", "grad_norms": "every:3"}
 
@@ -80,7 +80,7 @@ def test_passes_without_the_samples_of_zero_weight_give_the_same_gradients(make_
 
 def test_most_weights_are_exactly_zero_where_labels_differ(make_run):
     run = make_run("mnist-trousers", batch_size=1024)
-    draw, _ = run._draw(0.5, run.generator)
+    draw = mix(run.draw(run.generator), run.alphas_cumprod, torch.tensor(0.5))
     rows = run._weighted_rows(draw.targets)
     assert rows is not None
     assert sum(len(r) for r in rows) < 1.2 * 1024

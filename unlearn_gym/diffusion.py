@@ -16,6 +16,9 @@ from unlearn_gym.errors import SettingsError
 
 Predictor = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """``(x_t, timesteps, labels or None) -> epsilon_pred``, all with the batch in front."""
+RECONSTRUCTION_SHARE = 0.3
+"""Images are noised to this share of T (t = 300 of 1,000): far enough to need the model, near enough to come back."""
+RECONSTRUCTION_STEPS = 10
 
 
 class ScheduleConfig(BaseModel):
@@ -95,6 +98,18 @@ def sample(
         x = (next_sigma / sigma) * x + next_alpha * -float(torch.expm1(torch.tensor(-h))) * direction
         previous_x0, previous_h = x0, h
     return x
+
+
+def reconstruct(
+    predict: Predictor, x_start: Tensor, alphas_cumprod: Tensor, *, labels: Tensor | None, clip: float | None, seed: int
+) -> Tensor:
+    """Samples ``(N, *S)`` noised to 0.3 T and brought back by the model in ten steps."""
+    start = max(1, round(RECONSTRUCTION_SHARE * len(alphas_cumprod)))
+    noise = torch.randn(x_start.shape, generator=torch.Generator().manual_seed(seed)).to(x_start.device)
+    timesteps = torch.full((len(x_start),), start, device=x_start.device)
+    x_t = q_sample(x_start, noise, timesteps, alphas_cumprod)
+    steps = min(RECONSTRUCTION_STEPS, start + 1)
+    return sample(predict, x_t, alphas_cumprod, labels=labels, num_inference_steps=steps, clip=clip, start=start)
 
 
 def grid_timesteps(num_train_timesteps: int, num_timesteps: int) -> list[int]:

@@ -14,8 +14,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from unlearn_gym.diffusion import q_sample
 from unlearn_gym.errors import WeightsError
+from unlearn_gym.families import family_of
 from unlearn_gym.files import sha256, write_json
 from unlearn_gym.models.flat import FlatParameters
 from unlearn_gym.models.weights import read_tensors, save_weights
@@ -26,7 +26,9 @@ PROBE_SIZE = 1000
 
 
 class PretrainSettings(BaseModel):
-    """AdamW on the noise-prediction loss with a one-cycle learning rate and an averaged copy."""
+    """AdamW with a one-cycle learning rate and an averaged copy, on the family's loss: a DDPM's noise-prediction loss,
+    a VAE's negative ELBO.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -61,6 +63,7 @@ class Pretraining:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.model = task.build_model().to(memory_format=torch.channels_last)
+        self.family = family_of(self.model)
         self.flat = FlatParameters(self.model)
         self.gradient = torch.zeros_like(self.flat.vector)
         self.flat.point_gradients(self.flat.gradient_views(self.gradient))
@@ -77,10 +80,9 @@ class Pretraining:
         index = torch.randint(len(self.samples), (s.batch_size,), generator=generator)
         x = to_model_range(self.samples[index])
         timesteps = torch.randint(len(self.alphas_cumprod), (s.batch_size,), generator=generator)
-        noise = torch.randn(x.shape, generator=generator)
+        noise = torch.randn((s.batch_size, *self.family.noise_shape(self.model, x.shape[1:])), generator=generator)
         labels = None if self.labels is None else self.labels[index]
-        pred = self.model(q_sample(x, noise, timesteps, self.alphas_cumprod), timesteps, labels)
-        loss = (pred - noise).square().mean()
+        loss = self.family.errors(self.model, x, labels, noise, timesteps, self.alphas_cumprod).mean()
         self.gradient.zero_()
         loss.backward()
         nn.utils.clip_grad_norm_([self.flat.vector], 1.0)

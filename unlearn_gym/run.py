@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unlearn_gym import siss
-from unlearn_gym.diffusion import q_sample
 from unlearn_gym.errors import RunError
-from unlearn_gym.models.flat import FlatParameters
-from unlearn_gym.objectives import NUM_NEIGHBOURS, OBJECTIVES, nearest
+from unlearn_gym.families import family_of
+from unlearn_gym.models.flat import FlatParameters, optimizer_state, restore_optimizer
+from unlearn_gym.objectives import Context, Learner, OwnPasses, Passes, get_objective
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.step import (
     SECOND_MOMENT_GRID,
@@ -38,7 +38,9 @@ SPLIT_LIMIT = 1.5
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run's state: weights, buffers, optimizer, both generators, norms last measured, counters."""
+    """A run's state: weights, buffers, optimizer, both generators, norms last measured, counters; ``learner``: weights
+    and optimizer of what learns beside, where something does.
+    """
 
     vector: Tensor
     optimizer: dict[str, Tensor]
@@ -48,6 +50,15 @@ class Snapshot:
     norms_age: int
     updates: int
     diverged: bool
+    learner: tuple[Tensor, dict[str, Tensor]] | None = None
+
+
+class Measured(NamedTuple):
+    """What one batch measured, and which of its rows are forget samples."""
+
+    terms: siss.SISSTerms
+    norms: GradientNorms
+    from_forget: Tensor
 
 
 def make_optimizer(settings: RunSettings, vectors: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -66,7 +77,8 @@ class UnlearningRun:
     whatever else it measures. All randomness is theirs.
 
     Args:
-        model: ε-network with pretrained weights; it is trained in place.
+        model: with pretrained weights; it is trained in place. An ε-network, or a model of another family
+            (:mod:`unlearn_gym.families`).
         data: retain and forget set (see :class:`unlearn_gym.tasks.TaskData`).
         alphas_cumprod: ᾱ_t of the model's noise schedule, ``(T,)``.
         settings: options, see :class:`unlearn_gym.settings.RunSettings`.
@@ -83,11 +95,16 @@ class UnlearningRun:
     ) -> None:
         device = settings.device
         self.settings = settings
-        self.objective = OBJECTIVES[settings.objective]
+        self.family = family_of(model)
+        self.objective = get_objective(self.family.name, settings.objective)
         self.data = data.to(device)
+        self._prepared = self.objective.prepare(self.data, settings)
+        self._noise_shape = self.family.noise_shape(model, data.retain.shape[1:])
         self.alphas_cumprod = alphas_cumprod.to(device)
         self.model = model.to(device).to(memory_format=torch.channels_last).eval()  # dropout would draw globally
-        self.flat = FlatParameters(self.model)
+        own = self.objective if isinstance(self.objective, OwnPasses) else None
+        self.flat = FlatParameters(own.trained(self.model) if own else self.model)
+        self.learner = own.learner(self.model, settings) if own else None
         self.retain_grad = torch.zeros_like(self.flat.vector.data)
         self.forget_grad = torch.zeros_like(self.flat.vector.data)
         self._retain_views = self.flat.gradient_views(self.retain_grad)
@@ -99,11 +116,7 @@ class UnlearningRun:
             settings.dataset_factors, data.retain_size or len(data.retain), data.forget_size or len(data.forget)
         )
         self._coefs = {"retain_coef": self.retain_coef, "forget_coef": self.forget_coef}
-        self._neighbours = (
-            nearest(self.data.forget, self.data.retain, NUM_NEIGHBOURS)
-            if self.objective.extra == "neighbours"
-            else None
-        )
+        self._context = Context(settings, self.alphas_cumprod, **self._coefs)
         self._signed_scale = self.objective.sign * settings.forget_scale
         self.generator = torch.Generator(device)
         self.measure_generator = torch.Generator(device)
@@ -128,13 +141,9 @@ class UnlearningRun:
 
     def draw(self, generator: torch.Generator) -> Batch:
         """A batch of pairs, drawn with replacement, with what the objective needs more."""
-        batch = draw_batch(self.data, self.settings.batch_size, len(self.alphas_cumprod), generator)
-        if self.objective.extra == "uniform":
-            return batch._replace(extra=torch.rand(batch.noise.shape, generator=generator, device=generator.device))
-        if self._neighbours is not None:
-            neighbours = self.data.retain[self._neighbours[batch.forget_index]]
-            return batch._replace(extra=to_model_range(neighbours))
-        return batch
+        s, num_timesteps = self.settings, len(self.alphas_cumprod)
+        batch = draw_batch(self.data, s.batch_size, num_timesteps, generator, self._noise_shape)
+        return self.objective.complete(batch, self.data, self._prepared, generator)
 
     def update(self, lambda_: float) -> StepTerms:
         """One forward pass, two backward passes, one optimizer step.
@@ -143,28 +152,28 @@ class UnlearningRun:
         measurements. Raises :class:`RunError` for a λ outside [0, 1] and for a run that has diverged.
         """
         self.check(lambda_)
-        draw, value = self._draw(lambda_, self.generator)
+        value, batch = torch.full((), lambda_, device=self.generator.device), self.draw(self.generator)
         if self.updates % self.settings.norms_period == 0:
-            terms, norms = self._separate_gradients(draw)
+            measured = self._separate_gradients(batch, value, self.learner)
+            norms = measured.norms
             self._known_norms, self._norms_age = (norms.retain, norms.forget), 0
             scale = clip_factor(norms.update, self.settings.max_grad_norm)
             torch.mul(self.retain_grad, scale, out=self.update_grad)
             self.update_grad.addcmul_(self.forget_grad, scale * norms.forget_multiplier, value=-1.0)
         else:
-            terms, norms = self._combined_gradient(draw)
-            self.update_grad.mul_(clip_factor(norms.update, self.settings.max_grad_norm))
+            measured = self._combined_gradient(batch, value)
+            self.update_grad.mul_(clip_factor(measured.norms.update, self.settings.max_grad_norm))
         self.flat.vector.grad = self.update_grad
         self.optimizer.step()
         self.flat.vector.grad = None  # an optimizer that runs share steps those that have a gradient
         self.updates += 1
-        return self._report(lambda_, value, draw, terms, norms, self._norms_age)
+        return self._report(lambda_, value, measured, self._norms_age)
 
     def measure(self, lambda_: float) -> StepTerms:
         """The terms of a batch of the measuring stream, without an update."""
         self.check(lambda_)
-        draw, value = self._draw(lambda_, self.measure_generator)
-        terms, norms = self._separate_gradients(draw)
-        return self._report(lambda_, value, draw, terms, norms, 0)
+        value, batch = torch.full((), lambda_, device=self.generator.device), self.draw(self.measure_generator)
+        return self._report(lambda_, value, self._separate_gradients(batch, value, None), 0)
 
     def measure_unweighted(self) -> NDArray[np.float64]:
         """``[retain_loss, forget_loss, retain_grad_norm, forget_grad_norm]`` without importance
@@ -172,12 +181,12 @@ class UnlearningRun:
         """
         batch = self.draw(self.measure_generator)
         values = []
-        for x_start, labels, coef, gradient, views in (
+        for x, labels, coef, gradient, views in (
             (batch.retain, batch.retain_labels, self.retain_coef, self.retain_grad, self._retain_views),
             (batch.forget, batch.forget_labels, self.forget_coef, self.forget_grad, self._forget_views),
         ):
-            x_t = q_sample(x_start, batch.noise, batch.timesteps, self.alphas_cumprod)
-            loss = coef * (self.model(x_t, batch.timesteps, labels) - batch.noise).square().mean()
+            errors = self.family.errors(self.model, x, labels, batch.noise, batch.timesteps, self.alphas_cumprod)
+            loss = coef * errors.mean()
             self._backward(loss, None, gradient, views, retain_graph=False)
             values += [loss.detach(), gradient.norm()]
         losses_and_norms = torch.stack(values)[[0, 2, 1, 3]]
@@ -190,18 +199,29 @@ class UnlearningRun:
         if self.diverged:
             raise RunError("this run has diverged; restore a snapshot before the next update")
 
-    def _draw(self, lambda_: float, generator: torch.Generator) -> tuple[Draw, Tensor]:
-        """The next draw of ``generator``, and λ on the run's device."""
-        value = torch.full((), lambda_, device=generator.device)
-        return self.objective.draw(self.draw(generator), self.alphas_cumprod, value), value
-
-    def _separate_gradients(self, draw: Draw) -> tuple[siss.SISSTerms, GradientNorms]:
+    def _separate_gradients(self, batch: Batch, value: Tensor, learner: Learner | None) -> Measured:
         """Fill ``retain_grad`` and ``forget_grad``, by one forward and two backward passes or less."""
+        if isinstance(self.objective, OwnPasses):
+            return self._own_passes(self.objective.passes(self.model, batch, value, self._context, learner))
+        draw = self.objective.draw(batch, self.alphas_cumprod, value)
         rows = self.objective.own_rows(len(draw.x_t), draw.x_t.device) or self._weighted_rows(draw.targets)
         terms = self._whole_passes(draw) if rows is None else self._split_passes(draw, rows)
-        return terms, gradient_norms(
-            self.retain_grad, self.forget_grad, terms.forget_weight, self.settings, self.objective
-        )
+        return Measured(terms, self._norms(terms), draw.from_forget)
+
+    def _norms(self, terms: siss.SISSTerms) -> GradientNorms:
+        return gradient_norms(self.retain_grad, self.forget_grad, terms.forget_weight, self.settings, self.objective)
+
+    def _own_passes(self, passes: Passes) -> Measured:
+        """A backward pass of each of an objective's losses; the direct one's gradient joins the retain side's."""
+        self._backward(passes.retain, None, self.retain_grad, self._retain_views, retain_graph=True)
+        self._backward(passes.forget, None, self.forget_grad, self._forget_views, retain_graph=False)
+        norms = self._norms(passes.terms)
+        if passes.direct is not None:
+            self._backward(passes.direct, None, self.update_grad, self._update_views, retain_graph=False)
+            self.retain_grad += self.update_grad
+            whole = torch.add(self.retain_grad, norms.forget_multiplier * self.forget_grad, alpha=-1.0)
+            norms = norms._replace(direct=self.update_grad.norm(), update=whole.norm())
+        return Measured(passes.terms, norms, passes.from_forget)
 
     def _weighted_rows(self, targets: siss.MixtureTargets) -> tuple[Tensor, Tensor] | None:
         """Which samples have a retain and which a forget weight, if each side's passes on its own pay."""
@@ -239,16 +259,24 @@ class UnlearningRun:
                 self._backward(output, output_grad[index], gradient, views, retain_graph=False)
         return terms
 
-    def _combined_gradient(self, draw: Draw) -> tuple[siss.SISSTerms, GradientNorms]:
-        """Fill ``update_grad`` by one backward pass of L_SISS; the separate norms are those last measured."""
-        epsilon_pred = self.model(draw.x_t, draw.timesteps, draw.labels)
-        terms, scale = self._terms(epsilon_pred, draw), self._signed_scale
-        retain_output_grad, forget_output_grad = siss.output_gradients(terms, **self._coefs)
-        output_grad = retain_output_grad - scale * forget_output_grad
-        self._backward(epsilon_pred, output_grad, self.update_grad, self._update_views, retain_graph=False)
+    def _combined_gradient(self, batch: Batch, value: Tensor) -> Measured:
+        """Fill ``update_grad`` by one backward pass of the loss; the separate norms are those last measured."""
+        scale, output_grad = self._signed_scale, None
+        if isinstance(self.objective, OwnPasses):
+            passes = self.objective.passes(self.model, batch, value, self._context, self.learner)
+            terms, from_forget = passes.terms, passes.from_forget
+            output = passes.retain - scale * passes.forget + (0.0 if passes.direct is None else passes.direct)
+        else:
+            draw = self.objective.draw(batch, self.alphas_cumprod, value)
+            output, from_forget = self.model(draw.x_t, draw.timesteps, draw.labels), draw.from_forget
+            terms = self._terms(output, draw)
+            retain_output_grad, forget_output_grad = siss.output_gradients(terms, **self._coefs)
+            output_grad = retain_output_grad - scale * forget_output_grad
+        self._backward(output, output_grad, self.update_grad, self._update_views, retain_graph=False)
         self._norms_age += 1
         norm = self.update_grad.norm()
-        return terms, GradientNorms(*self._known_norms, torch.full_like(norm, scale), norm)
+        norms = GradientNorms(*self._known_norms, torch.full_like(norm, scale), norm, torch.zeros_like(norm))
+        return Measured(terms, norms, from_forget)
 
     @torch.no_grad()
     def _terms(self, epsilon_pred: Tensor, draw: Draw) -> siss.SISSTerms:
@@ -263,52 +291,50 @@ class UnlearningRun:
         self.flat.point_gradients(None)
 
     @torch.no_grad()
-    def _report(
-        self, lambda_: float, value: Tensor, draw: Draw, terms: siss.SISSTerms, norms: GradientNorms, norms_age: int
-    ) -> StepTerms:
+    def _report(self, lambda_: float, value: Tensor, measured: Measured, norms_age: int) -> StepTerms:
         """Everything the step measured, brought over from the device in one transfer."""
         scale: Any = {"forget_scale": self.settings.forget_scale, **self._coefs}
         packed = pack(
-            draw, terms, norms, value, self.flat.vector.sum(), self.grid, objective=self.objective, **scale
+            measured.from_forget, measured.terms, measured.norms, value, self.flat.vector.sum(), self.grid,
+            objective=self.objective, **scale,
         )  # fmt: skip
         step_terms = unpack(packed.double().cpu().numpy(), lambda_, norms_age)
         self.diverged = step_terms.diverged
         return step_terms
 
-    def _draw_probe(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Fixed forget and held-out pairs (x_t, timesteps, noise, labels), the same for every run."""
+    def _draw_probe(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Fixed forget and held-out samples, labels, noise and timesteps, the same for every run."""
         generator, data = torch.Generator().manual_seed(0), self.data
         parts = []
         for samples, labels in ((data.forget, data.forget_labels), (data.heldout, data.heldout_labels)):
             index = torch.randint(len(samples), (PROBE_SIZE,), generator=generator)
             x = to_model_range(samples[index.to(samples.device)])
-            noise = torch.randn(x.shape, generator=generator).to(x)
+            noise = torch.randn((PROBE_SIZE, *self._noise_shape), generator=generator).to(x)
             timesteps = torch.randint(len(self.alphas_cumprod), (PROBE_SIZE,), generator=generator).to(x.device)
             label = torch.zeros(PROBE_SIZE) if labels is None else labels[index.to(labels.device)]
-            parts.append((q_sample(x, noise, timesteps, self.alphas_cumprod), timesteps, noise, label))
-        x_t, timesteps, noise, labels = (torch.cat(p) for p in zip(*parts, strict=True))
-        return x_t, timesteps, noise, None if data.forget_labels is None else labels
+            parts.append((x, label, noise, timesteps))
+        x, labels, noise, timesteps = (torch.cat(p) for p in zip(*parts, strict=True))
+        return x, None if data.forget_labels is None else labels, noise, timesteps
 
     @torch.no_grad()
     def probe_losses(self) -> tuple[float, float]:
         """Forget and held-out retain loss, unweighted, on a fixed probe of 64 samples each."""
-        x_t, timesteps, noise, labels = self._probe
-        errors = (self.model(x_t, timesteps, labels) - noise).square().flatten(1).mean(1)
+        errors = self.family.errors(self.model, *self._probe, self.alphas_cumprod)
         forget, retain = errors.view(2, -1).mean(1).tolist()
         return forget, retain
 
     def snapshot(self) -> Snapshot:
         """A copy of the run's state that later updates do not touch."""
-        state = self.optimizer.state[self.flat.vector]
         return Snapshot(
             self.flat.vector.detach().clone(),
-            {k: v.clone() for k, v in state.items() if isinstance(v, Tensor)},
+            optimizer_state(self.optimizer, self.flat.vector),
             {k: v.clone() for k, v in self.model.named_buffers()},
             (self.generator.get_state(), self.measure_generator.get_state()),
             self._known_norms,
             self._norms_age,
             self.updates,
             self.diverged,
+            None if self.learner is None else self.learner.state(),
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -319,9 +345,9 @@ class UnlearningRun:
             self.flat.vector.copy_(snapshot.vector)
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(snapshot.buffers[name])
-        self.optimizer.state.pop(self.flat.vector, None)
-        if snapshot.optimizer:
-            self.optimizer.state[self.flat.vector] = {k: v.clone() for k, v in snapshot.optimizer.items()}
+        restore_optimizer(self.optimizer, self.flat.vector, snapshot.optimizer)
+        if self.learner is not None and snapshot.learner is not None:
+            self.learner.restore(*snapshot.learner)
         self.generator.set_state(snapshot.generators[0])
         self.measure_generator.set_state(snapshot.generators[1])
         self._known_norms, self._norms_age = snapshot.known_norms, snapshot.norms_age

@@ -54,13 +54,17 @@ class RunSettings(BaseModel):
     ``observation``: ``"extended"`` appends the forget loss over five bands of timesteps and mean classifier features
     of a few samples to the paper's six entries; the environment's docstring has both groups and what they cost.
 
+    Of VAEs alone: ``kl_coef`` and ``encoder_gradient`` (:mod:`unlearn_gym.objectives.latent`). Of ``objective="sfd"``
+    alone: ``override_classes`` (default: the next kept class), ``score_alpha``, ``hybrid_coef`` and
+    ``fake_learning_rate`` (:mod:`unlearn_gym.objectives.score_forgetting`).
+
     ``reward``: ``"siss"`` is -L_SISS less the smoothness penalty, ``"potential"`` the change of a score on a fixed
     probe set; the environment's docstring has both formulas.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    objective: Literal["siss", "siss-no-is", "bernoulli", "naive", "neggrad", "erasediff", "retrack"] = "siss"
+    objective: Literal["siss", "siss-no-is", "bernoulli", "naive", "neggrad", "erasediff", "retrack", "sfd"] = "siss"
     dataset_factors: Literal["siss", "inverse_size", "none"] = "siss"
     forget_grad_rule: Literal["loss", "fixed_norm", "relative_norm"] = "relative_norm"
     forget_grad_norm: float = Field(0.5, ge=0)
@@ -83,6 +87,12 @@ class RunSettings(BaseModel):
     potential_cap: float | None = Field(None, gt=0, description="None: the oracle's forget loss, stored with the task")
     potential_retain_coef: float = Field(10.0, ge=0, description="w in the potential Φ")
     divergence_penalty: float = Field(10.0, ge=0)
+    kl_coef: float = Field(1.0, ge=0, description="β of a VAE's KL term")
+    encoder_gradient: Literal["full", "stopped"] = "full"
+    override_classes: dict[int, int] | None = Field(None, description="forgotten class -> the one that overrides it")
+    score_alpha: float = Field(1.2, ge=0, description="α of score identity distillation")
+    hybrid_coef: float = Field(0.0, ge=0, description="weight of SISS beside score forgetting distillation")
+    fake_learning_rate: float | None = Field(None, gt=0, description="None: learning_rate")
     device: str = "cpu"
 
     @field_validator("grad_norms")
@@ -121,6 +131,8 @@ class RunSettings(BaseModel):
                 "objective='neggrad' has no retain gradient for forget_grad_rule='relative_norm' to be relative to; "
                 "use 'loss' or 'fixed_norm'"
             )
+        if self.objective == "sfd" and self.features == "fresh":
+            raise ValueError("objective='sfd' has no unweighted terms for features='fresh'; use 'lagged'")
         if self.objective == "erasediff" and self.grad_norms != "exact":
             raise ValueError(
                 f"objective='erasediff' needs both gradients always, so grad_norms={self.grad_norms!r} must be 'exact'"

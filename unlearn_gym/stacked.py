@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unlearn_gym import siss
 from unlearn_gym.errors import RunError
+from unlearn_gym.objectives import EpsilonObjective
 from unlearn_gym.run import UnlearningRun, make_optimizer
 from unlearn_gym.step import Batch, Draw, StepTerms, clip_factor, gradient_norms, pack, unpack
 
@@ -42,6 +43,11 @@ class StackedRuns:
         coefs: dict[str, Any] = {"retain_coef": first.retain_coef, "forget_coef": first.forget_coef}
         scaled = coefs | {"forget_scale": self.settings.forget_scale}
         objective = first.objective
+        if not isinstance(objective, EpsilonObjective):
+            raise RunError(
+                f"stacked runs are of ε-networks; objective={self.settings.objective!r} of this task's model makes "
+                "passes of its own: use backend='processes' or 'serial'"
+            )
         self._mix = torch.vmap(objective.draw, in_dims=(0, None, 0))
         signed = coefs | {"forget_scale": objective.sign * self.settings.forget_scale}
         self._terms = torch.vmap(partial(siss.siss_terms, **signed))
@@ -72,7 +78,7 @@ class StackedRuns:
         forget_scale = scale * norms.forget_multiplier
         self._optimize(runs, retain_grad.mul_(scale[:, None]).addcmul_(forget_grad, forget_scale[:, None], value=-1.0))
         with torch.no_grad():
-            packed = self._pack(draws, terms, norms, values, self._rows(lambdas).sum(1), runs[0].grid)
+            packed = self._pack(draws.from_forget, terms, norms, values, self._rows(lambdas).sum(1), runs[0].grid)
         return self._unpack(lambdas, packed)
 
     def _rows(self, lambdas: Mapping[int, float]) -> Tensor:

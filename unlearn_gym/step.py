@@ -17,7 +17,7 @@ from unlearn_gym.settings import RunSettings
 from unlearn_gym.tasks.data import TaskData, to_model_range
 
 if TYPE_CHECKING:
-    from unlearn_gym.objectives import Objective
+    from unlearn_gym.objectives.base import Objective
 
 FEATURES = ("retain_loss", "forget_loss", "retain_grad_norm", "forget_grad_norm")
 """The measured quantities that make up an observation, in its order."""
@@ -41,7 +41,7 @@ class StepTerms:
     ``retain_ess``, ``forget_ess``: effective sample size (Σw)²/Σw² in 0..B; ``negligible_fraction``: share
     of the 2B weights below 0.001; ``forget_fraction``: share of x_t drawn from forget samples.
     ``forget_multiplier``: the factor that the forget gradient got; ``update_norm``: norm of the whole
-    gradient before clipping.
+    gradient before clipping. ``direct_grad_norm``: that of the gradient that a hybrid adds, else 0.
     """
 
     lambda_: float
@@ -52,6 +52,7 @@ class StepTerms:
     forget_grad_norm: float
     forget_multiplier: float
     update_norm: float
+    direct_grad_norm: float
     retain_weight_max: float
     forget_weight_max: float
     retain_ess: float
@@ -76,8 +77,8 @@ SLOPES = ("pathwise", "score_function", "kl_only", "variance")
 class Batch(NamedTuple):
     """One pair batch: samples ``(B, *S)`` in model range, labels ``(B,)`` or None, ``uniforms (B,)`` in [0, 1).
 
-    ``extra``: what an objective needs more of the forget samples, uniform noise ``(B, *S)`` or neighbours
-    ``(B, K, *S)``.
+    ``noise (B, *N)`` has the samples' shape for diffusion models, a latent's for VAEs. ``extra``: what an objective
+    needs more.
     """
 
     retain: Tensor
@@ -88,7 +89,7 @@ class Batch(NamedTuple):
     timesteps: Tensor
     uniforms: Tensor
     forget_index: Tensor
-    extra: Tensor | None = None
+    extra: Any = None
 
 
 class Draw(NamedTuple):
@@ -102,16 +103,23 @@ class Draw(NamedTuple):
 
 
 class GradientNorms(NamedTuple):
-    """0-dim tensors: ‖g_r‖, ‖g_f‖, the factor m of the forget gradient, ‖g_r - m g_f‖."""
+    """0-dim tensors: ‖g_r‖, ‖g_f‖, the factor m of the forget gradient, ‖g_r - m g_f‖; ``direct``: that of a third."""
 
     retain: Tensor
     forget: Tensor
     forget_multiplier: Tensor
     update: Tensor
+    direct: Tensor
 
 
-def draw_batch(data: TaskData, size: int, num_timesteps: int, generator: torch.Generator) -> Batch:
-    """A batch of pairs, drawn with replacement on the generator's device."""
+def draw_batch(
+    data: TaskData,
+    size: int,
+    num_timesteps: int,
+    generator: torch.Generator,
+    noise_shape: tuple[int, ...] | None = None,
+) -> Batch:
+    """A batch of pairs, drawn with replacement on the generator's device; noise has the samples' shape, or another."""
     device = generator.device
     retain_index = torch.randint(len(data.retain), (size,), generator=generator, device=device)
     forget_index = torch.randint(len(data.forget), (size,), generator=generator, device=device)
@@ -121,7 +129,7 @@ def draw_batch(data: TaskData, size: int, num_timesteps: int, generator: torch.G
         to_model_range(data.forget[forget_index]),
         None if data.retain_labels is None else data.retain_labels[retain_index],
         None if data.forget_labels is None else data.forget_labels[forget_index],
-        torch.randn(retain.shape, generator=generator, device=device),
+        torch.randn((size, *(noise_shape or retain.shape[1:])), generator=generator, device=device),
         torch.randint(num_timesteps, (size,), generator=generator, device=device),
         torch.rand(size, generator=generator, device=device),
         forget_index,
@@ -170,7 +178,7 @@ def gradient_norms(
         multiplier = torch.where(says_something, target / forget, torch.zeros_like(forget))
     multiplier = objective.sign * multiplier
     update = (rr - 2.0 * multiplier * rf + multiplier.square() * ff).clamp_min(0.0).sqrt()
-    return GradientNorms(retain, forget, multiplier, update)
+    return GradientNorms(retain, forget, multiplier, update, torch.zeros_like(update))
 
 
 def clip_factor(norm: Tensor, max_grad_norm: float | None) -> Tensor:
@@ -186,7 +194,7 @@ def effective_sample_size(weights: Tensor) -> Tensor:
 
 
 def pack(
-    draw: Draw,
+    from_forget: Tensor,
     terms: siss.SISSTerms,
     norms: GradientNorms,
     lambda_: Tensor,
@@ -203,7 +211,7 @@ def pack(
     ``parameter_sum ()`` is the sum of all parameters: not finite as soon as one of them is not.
     """
     coefs = {"retain_coef": retain_coef, "forget_coef": forget_coef}
-    slopes = objective.lambda_gradients(terms, draw.from_forget, lambda_, forget_scale=forget_scale, **coefs)
+    slopes = objective.lambda_gradients(terms, from_forget, lambda_, forget_scale=forget_scale, **coefs)
     moment, slopes["variance"] = torch.zeros(3, len(grid), device=grid.device), torch.zeros_like(terms.siss_loss)
     if objective.lambda_role == "mixture":
         products = siss.output_gradient_products(terms, **coefs)
@@ -213,9 +221,9 @@ def pack(
     negligible = torch.cat([w_r, w_f]) < NEGLIGIBLE_WEIGHT
     scalars = [
         terms.retain_loss, terms.forget_loss, terms.siss_loss,
-        norms.retain, norms.forget, norms.forget_multiplier, norms.update,
+        norms.retain, norms.forget, norms.forget_multiplier, norms.update, norms.direct,
         w_r.max(), w_f.max(), effective_sample_size(w_r), effective_sample_size(w_f),
-        negligible.float().mean(), draw.from_forget.float().mean(),
+        negligible.float().mean(), from_forget.float().mean(),
     ]  # fmt: skip
     return torch.cat([torch.stack([*scalars, *(slopes[name] for name in SLOPES), parameter_sum]), moment.flatten()])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -15,29 +15,34 @@ from unlearn_gym.cli.arguments import DataRoot, Threads, invocation, required_ro
 def pretrain(
     task: str = "mnist-trousers",
     retain_only: bool = False,
-    updates: int = 6000,
-    batch_size: int = 128,
+    updates: int | None = None,
+    batch_size: int | None = None,
     seed: int = 0,
     data_root: DataRoot = None,
     download: bool = False,
     out: Path | None = None,
     threads: Threads = None,
 ) -> None:
-    """Train a task's model on R ∪ F, or with --retain-only its oracle on R; resumes in the same --out."""
+    """Train a task's model on R ∪ F, or with --retain-only its oracle on R; resumes in the same --out.
+
+    By default 6,000 updates of 128 samples. A one-step generator is distilled, without data, by 3,000 of 32.
+    """
+    from unlearn_gym.distillation import DistillationSettings, distill
     from unlearn_gym.pretraining import PretrainSettings
     from unlearn_gym.pretraining import pretrain as train
     from unlearn_gym.tasks import get_task, load_data
 
     set_threads(threads)
     chosen = get_task(task)
-    settings = PretrainSettings(updates=updates, batch_size=batch_size, seed=seed)
-    data = load_data(chosen, data_root, download=download)
     name = "oracle" if retain_only else "pretrained"
     folder = out or Path("runs/pretrain") / task
-    manifest = train(
-        chosen, data, settings, folder, retain_only=retain_only, command=invocation(),
-        progress=training_bar(f"{task} {name}"),
-    )  # fmt: skip
+    given = {k: v for k, v in (("updates", updates), ("batch_size", batch_size)) if v is not None}
+    rest: Any = {"retain_only": retain_only, "command": invocation(), "progress": training_bar(f"{task} {name}")}
+    if chosen.family.name == "generator":
+        manifest = distill(chosen, DistillationSettings(seed=seed, **given), folder, **rest)
+    else:
+        data = load_data(chosen, data_root, download=download)
+        manifest = train(chosen, data, PretrainSettings(seed=seed, **given), folder, **rest)
     figures = ", ".join(f"{k} {v:.4f}" for k, v in manifest["figures"].items())
     print(f"\n{folder / name}.safetensors: {figures}")
 

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unlearn_gym.diffusion import sample
 from unlearn_gym.run import UnlearningRun
 from unlearn_gym.step import StepTerms
 from unlearn_gym.tasks import Task
@@ -31,14 +30,15 @@ def fixed_samples(task: Task, run: UnlearningRun) -> Tensor:
     """
     shape, device = run.data.retain.shape[1:], run.settings.device
     count = GRID[0] * GRID[1] if len(shape) == 3 else NUM_POINTS
-    noise = torch.randn((count, *shape), generator=torch.Generator().manual_seed(0)).to(device)
+    noise_shape = run.family.noise_shape(run.model, shape)
+    noise = torch.randn((count, *noise_shape), generator=torch.Generator().manual_seed(0)).to(device)
     labels = None
     if run.data.retain_labels is not None:
         labels = equally(run.data.retain_labels.unique(), count)
         learned = learned_labels(task, run.data, count // 2)
         if learned is not None:
             labels[: count // 2] = learned
-    return sample(
+    return run.family.sample(
         run.model, noise, run.alphas_cumprod, labels=labels, num_inference_steps=RENDER_STEPS, clip=task.clip
     ).cpu()
 

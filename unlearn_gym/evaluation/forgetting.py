@@ -6,13 +6,8 @@ from typing import NamedTuple
 
 import torch
 from scipy.stats import binomtest, mannwhitneyu
-from torch import Tensor, nn
+from torch import Tensor
 
-from unlearn_gym.diffusion import q_sample, sample
-
-RECONSTRUCTION_SHARE = 0.3
-"""Images are noised to this share of T (t = 300 of 1,000): far enough to need the model, near enough to come back."""
-RECONSTRUCTION_STEPS = 10
 CHUNK = 1000
 """Samples whose distances to another set are computed at once: all at once would not fit for whole data sets."""
 COPY_QUANTILE = 0.001
@@ -58,18 +53,6 @@ def nearest(samples: Tensor, others: Tensor) -> Nearest:
 def copy_threshold(retain: Tensor, forget: Tensor) -> float:
     """Distance to the forget set that all but 0.1 % of real retain samples exceed: the threshold of a copy."""
     return float(torch.quantile(nearest(retain, forget).distance, COPY_QUANTILE))
-
-
-def reconstruct(
-    model: nn.Module, x_start: Tensor, alphas_cumprod: Tensor, *, labels: Tensor | None, clip: float | None, seed: int
-) -> Tensor:
-    """Samples ``(N, *S)`` noised to 0.3 T and brought back by the model in ten steps."""
-    start = max(1, round(RECONSTRUCTION_SHARE * len(alphas_cumprod)))
-    noise = torch.randn(x_start.shape, generator=torch.Generator().manual_seed(seed)).to(x_start.device)
-    timesteps = torch.full((len(x_start),), start, device=x_start.device)
-    x_t = q_sample(x_start, noise, timesteps, alphas_cumprod)
-    steps = min(RECONSTRUCTION_STEPS, start + 1)
-    return sample(model, x_t, alphas_cumprod, labels=labels, num_inference_steps=steps, clip=clip, start=start)
 
 
 def reconstruction_distance(x_start: Tensor, reconstructed: Tensor) -> float:

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unlearn_gym.diffusion import sample
 from unlearn_gym.errors import ResultsError
 from unlearn_gym.evaluation.forgetting import copy_threshold, nearest
 from unlearn_gym.evaluation.inception import check_weights
 from unlearn_gym.evaluation.quality import KID_SUBSET_SIZE
+from unlearn_gym.families import Family, family_of
 from unlearn_gym.tasks import Task, TaskData, to_model_range
 from unlearn_gym.tasks.probe import equally, learned_labels
 
@@ -101,15 +101,22 @@ class Judge:
         return copy_threshold(to_model_range(self._retain_like_forget()), self.forget)
 
     @torch.inference_mode()
-    def draw(self, model: nn.Module, labels: Tensor | None, n: int, seed: int) -> Judged:
-        """``n`` samples from the noise of ``seed``, on the model's device; each batch is judged as it comes."""
+    def draw(
+        self, model: nn.Module, labels: Tensor | None, n: int, seed: int, *, family: Family | None = None
+    ) -> Judged:
+        """``n`` samples from the noise of ``seed``, on the model's device; each batch is judged as it comes.
+
+        ``family`` draws them as from a model of another family than its own.
+        """
         device = next(model.parameters()).device
         alphas_cumprod, s = self.alphas_cumprod.to(device), self.settings
-        noise = torch.randn((n, *self.data.retain.shape[1:]), generator=torch.Generator().manual_seed(seed))
+        family = family or family_of(model)
+        shape = family.noise_shape(model, self.data.retain.shape[1:])
+        noise = torch.randn((n, *shape), generator=torch.Generator().manual_seed(seed))
         parts = []
         for start in range(0, n, s.batch_size):
             part = slice(start, start + s.batch_size)
-            samples = sample(
+            samples = family.sample(
                 model, noise[part].to(device), alphas_cumprod, clip=self.task.clip,
                 labels=None if labels is None else labels[part].to(device),
                 num_inference_steps=s.num_inference_steps or self.task.num_inference_steps,

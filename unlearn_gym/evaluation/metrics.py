@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from unlearn_gym.errors import ResultsError
 from unlearn_gym.evaluation.catalogue import MEASURED
-from unlearn_gym.evaluation.forgetting import membership_auc, nearest, reconstruct, reconstruction_distance
+from unlearn_gym.evaluation.forgetting import membership_auc, nearest, reconstruction_distance
 from unlearn_gym.evaluation.inception import inception_features
 from unlearn_gym.evaluation.judge import EvaluationSettings, Judge, Judged
 from unlearn_gym.evaluation.likelihood import ode_nll, variational_bound
@@ -34,6 +34,7 @@ from unlearn_gym.evaluation.quality import (
     ssim,
     total_variation,
 )
+from unlearn_gym.families import family_of
 from unlearn_gym.tasks import Task, TaskData, to_model_range
 from unlearn_gym.tasks.probe import probe_grid
 
@@ -156,7 +157,7 @@ class Evaluator:
         x = to_model_range(data.forget[:PROBE_SIZE]).to(device)
         labels = None if data.forget_labels is None else data.forget_labels[:PROBE_SIZE].to(device)
         alphas_cumprod, clip = self.alphas_cumprod.to(device), self.task.clip
-        back = reconstruct(model, x, alphas_cumprod, labels=labels, clip=clip, seed=self.settings.seed)
+        back = family_of(model).reconstruct(model, x, alphas_cumprod, labels=labels, clip=clip, seed=self.settings.seed)
         figures.add("reconstruction_distance", reconstruction_distance(x, back))
 
     def _predictions(self, model: nn.Module, figures: Figures) -> None:

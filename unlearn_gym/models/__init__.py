@@ -9,12 +9,24 @@ from torch import nn
 
 from unlearn_gym.models.mlp import EpsilonMLP, MLPConfig
 from unlearn_gym.models.unet import CompactUNet, UNetConfig
+from unlearn_gym.models.vae import ConvVAE, VAEConfig
 
-NetworkConfig = Annotated[UNetConfig | MLPConfig, Field(discriminator="kind")]
+NetworkConfig = Annotated[UNetConfig | MLPConfig | VAEConfig, Field(discriminator="kind")]
 
-__all__ = ["CompactUNet", "EpsilonMLP", "MLPConfig", "NetworkConfig", "UNetConfig", "build_network"]
+__all__ = [
+    "CompactUNet",
+    "ConvVAE",
+    "EpsilonMLP",
+    "MLPConfig",
+    "NetworkConfig",
+    "UNetConfig",
+    "VAEConfig",
+    "build_network",
+]
 
 
-def build_network(config: UNetConfig | MLPConfig) -> nn.Module:
+def build_network(config: UNetConfig | MLPConfig | VAEConfig) -> nn.Module:
     """A freshly initialised network; draws from torch's global generator like every ``nn.Module``."""
+    if isinstance(config, VAEConfig):
+        return ConvVAE(config)
     return CompactUNet(config) if isinstance(config, UNetConfig) else EpsilonMLP(config)

@@ -55,3 +55,15 @@ class FlatParameters:
         """Make ``views`` the parameters' ``.grad`` (None takes them away)."""
         for i, parameter in enumerate(self.parameters):
             parameter.grad = None if views is None else views[i]
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, vector: nn.Parameter) -> dict[str, Tensor]:
+    """A copy of what ``optimizer`` keeps of ``vector``; empty before its first step."""
+    return {k: v.clone() for k, v in optimizer.state[vector].items() if isinstance(v, Tensor)}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, vector: nn.Parameter, state: dict[str, Tensor]) -> None:
+    """Bring back an :func:`optimizer_state`."""
+    optimizer.state.pop(vector, None)
+    if state:
+        optimizer.state[vector] = {k: v.clone() for k, v in state.items()}

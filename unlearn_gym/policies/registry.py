@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unlearn_gym.errors import PolicyError, UnlearnGymError, error_line
-from unlearn_gym.objectives import OBJECTIVES
+from unlearn_gym.objectives import lambda_role
 from unlearn_gym.policies import open_loop, variational
 from unlearn_gym.policies.base import FunctionPolicy, LambdaPolicy, PolicyContext
 from unlearn_gym.policies.transfer import trained_network
@@ -113,7 +113,7 @@ def _lambdas(spec: str, arguments: list[str], context: PolicyContext, count: int
 def _variational(spec: str, context: PolicyContext) -> LambdaPolicy:
     chosen = parse_variational(spec)
     if chosen.estimator == "variance":
-        if OBJECTIVES[context.objective].lambda_role != "mixture":
+        if lambda_role(context.objective) != "mixture":
             raise PolicyError(
                 f"policy {spec!r} needs an objective that draws from a mixture, as 'siss' and 'bernoulli' do, "
                 f"not {context.objective!r}"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from unlearn_gym.diffusion import ScheduleConfig
-from unlearn_gym.models import MLPConfig, UNetConfig
+from unlearn_gym.models import MLPConfig, UNetConfig, VAEConfig
 from unlearn_gym.models.classifier import GARMENTS, classify
+from unlearn_gym.models.one_step import OneStepNetwork
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.tasks import gaussians, mnist
 from unlearn_gym.tasks.data import TaskData, to_model_range
@@ -109,6 +110,20 @@ def make_mnist_digits(digits: tuple[int, ...], name: str) -> Task:
     )
 
 
+def make_sfd_mnist_digits(digits: tuple[int, ...], name: str) -> Task:
+    """The task that forgets ``digits`` from a one-step generator distilled from the model of ``mnist-digits``."""
+    teacher = make_mnist_digits(digits, name.removeprefix("sfd-"))
+    assert isinstance(teacher.network, UNetConfig)
+    return replace(
+        teacher,
+        name=name,
+        description=f"one-step generator of class-conditional MNIST: forget {', '.join(map(str, digits))}",
+        network=OneStepNetwork(teacher.network, teacher.pretrained_path, teacher.oracle_path),
+        **_member_folders("sfd-mnist-digits", digits, name),
+        settings=RunSettings(objective="sfd", learning_rate=1e-4, dataset_factors="none", forget_grad_rule="loss"),
+    )
+
+
 def make_gaussians(modes: tuple[int, ...], name: str) -> Task:
     """The task that forgets ``modes`` of the ring."""
     kept = tuple(mode for mode in range(gaussians.NUM_MODES) if mode not in modes)
@@ -160,5 +175,20 @@ register_task(
     )
 )
 
+register_task(
+    Task(
+        name="vae-mnist-trousers",
+        description="class-conditional VAE on 60,000 digits and 674 trousers labelled 1: forget the trousers",
+        network=VAEConfig(num_classes=10),
+        load_data=_load_mnist_trousers,
+        assets=ASSETS / "vae-mnist-trousers",
+        settings=RunSettings(learning_rate=1e-4),
+        classify=classify,
+        forget_classes=GARMENTS,
+        probe_labels=(mnist.GARMENT_LABEL,),
+    )
+)
+
 register_family(TaskFamily("mnist-digits", num_classes=10, default=(3,), make=make_mnist_digits))
+register_family(TaskFamily("sfd-mnist-digits", num_classes=10, default=(3,), make=make_sfd_mnist_digits))
 register_family(TaskFamily("gaussians-2d", num_classes=gaussians.NUM_MODES, default=(0,), make=make_gaussians))

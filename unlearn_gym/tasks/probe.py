@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unlearn_gym.diffusion import Predictor, grid_loss
+from unlearn_gym.diffusion import Predictor
+from unlearn_gym.families import family_of
 from unlearn_gym.tasks.data import TaskData, to_model_range
 from unlearn_gym.tasks.registry import Task
 
@@ -23,12 +24,12 @@ def probe_grid(
     batch_size: int = 125,
     target: Predictor | None = None,
 ) -> Tensor:
-    """:func:`unlearn_gym.diffusion.grid_loss` ``(10, n)`` of up to ``num_samples`` of ``samples (N, *S)``, on the
-    model's device; samples and noise are chosen by ``seed``.
+    """The family's errors on a grid ``(10, n)`` of up to ``num_samples`` of ``samples (N, *S)``, on the model's device;
+    samples and noise are chosen by ``seed``. See :func:`unlearn_gym.diffusion.grid_loss`.
     """
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(samples), generator=generator)[:num_samples]
-    return grid_loss(
+    return family_of(model).grid(
         model, to_model_range(samples[chosen]).to(device), alphas_cumprod.to(device),
         labels=None if labels is None else labels[chosen].to(device),
         generator=generator, batch_size=batch_size, target=target,
@@ -36,8 +37,8 @@ def probe_grid(
 
 
 def set_losses(model: nn.Module, data: TaskData, alphas_cumprod: Tensor, **options: Any) -> dict[str, float]:
-    """``forget_loss`` and ``retain_loss``: noise-prediction loss, a mean over pixels, of forget and of held-out
-    retain samples at ten timesteps each; ``options`` are those of :func:`probe_grid`.
+    """``forget_loss`` and ``retain_loss``: what training minimises, a mean over pixels, of forget and of held-out
+    retain samples at ten timesteps or latents each; ``options`` are those of :func:`probe_grid`.
     """
     return {
         "forget_loss": probe_grid(model, data.forget, data.forget_labels, alphas_cumprod, **options).mean().item(),

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from unlearn_gym.diffusion import ScheduleConfig
 from unlearn_gym.errors import TaskError, WeightsError
-from unlearn_gym.models import MLPConfig, UNetConfig, build_network
+from unlearn_gym.families import Family, family_of
+from unlearn_gym.models import MLPConfig, UNetConfig, VAEConfig, build_network
 from unlearn_gym.models.weights import load_weights
 from unlearn_gym.settings import RunSettings, describe_validation_error
 from unlearn_gym.tasks.data import TaskData
@@ -45,7 +46,8 @@ class Task:
     """Everything an unlearning run and its evaluation need, as plain data and functions.
 
     ``network`` is a config, or a function that returns an ε-network
-    ``(x_t, timesteps, labels or None) -> epsilon_pred`` of your own. ``load_data(data_root, download)``
+    ``(x_t, timesteps, labels or None) -> epsilon_pred`` of your own; one whose attribute ``family`` says so returns a
+    model of another kind (:mod:`unlearn_gym.families`). ``load_data(data_root, download)``
     returns the sets. ``assets`` is the folder with ``pretrained.safetensors``, ``oracle.safetensors``
     and ``constants.json``; ``pretrained_assets`` and ``oracle_assets`` are those of the weights that tasks share.
     ``classify(samples) -> (features (N, F), logits (N, C))`` judges generated samples; those whose most likely
@@ -57,7 +59,7 @@ class Task:
 
     name: str
     description: str
-    network: UNetConfig | MLPConfig | Callable[[], nn.Module]
+    network: UNetConfig | MLPConfig | VAEConfig | Callable[[], nn.Module]
     load_data: Callable[[Path | None, bool], TaskData]
     assets: Path
     pretrained_assets: Path | None = None
@@ -73,9 +75,14 @@ class Task:
 
     def build_model(self) -> nn.Module:
         """The network, with weights that are not the pretrained ones yet."""
-        if isinstance(self.network, UNetConfig | MLPConfig):
+        if isinstance(self.network, UNetConfig | MLPConfig | VAEConfig):
             return build_network(self.network)
         return self.network()
+
+    @property
+    def family(self) -> Family:
+        """The kind of its model."""
+        return family_of(self.network)
 
     def pretrained_model(self) -> nn.Module:
         """The model that has learned D = R ∪ F."""

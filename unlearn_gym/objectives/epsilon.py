@@ -1,7 +1,7 @@
-"""What an update minimises: the objectives between which ``objective=`` chooses, as pure functions of tensors.
+"""Objectives of ε-networks, as pure functions of tensors.
 
-An objective says what the network is shown and what it is to predict there, as a :class:`unlearn_gym.step.Draw`: rows
-x_t, two targets and two weights for each. The run does the rest, for all of them alike:
+Such an objective says what the network is shown and what it is to predict there, as a
+:class:`unlearn_gym.step.Draw`: rows x_t, two targets and two weights for each. The run does the rest:
 
     L = c_r mean(w_r ℓ_r) - σ (1+s) c_f mean(w_f ℓ_f),
 
@@ -20,7 +20,10 @@ from torch import Tensor
 
 from unlearn_gym import siss
 from unlearn_gym.diffusion import per_sample, q_sample
+from unlearn_gym.objectives.base import LambdaRole, Objective
+from unlearn_gym.settings import RunSettings
 from unlearn_gym.step import Batch, Draw, mix
+from unlearn_gym.tasks.data import TaskData, to_model_range
 
 NUM_NEIGHBOURS = 10
 """ReTrack's K."""
@@ -31,30 +34,22 @@ Rows = Literal["mixture", "retain", "forget", "both"]
 
 
 @dataclass(frozen=True)
-class Objective:
-    """One objective.
+class EpsilonObjective(Objective):
+    """One objective of ε-networks.
 
     Args:
         rows: what is shown.
         draw: makes it, from a batch, ᾱ_t ``(T,)`` and λ (0-dim).
-        lambda_role: ``"mixture"``: λ is the share of forget samples that weights make up for, as in SISS;
-            ``"weight"``: the forget term's weight, the retain term's being 1-λ; ``"none"``: it does nothing.
-        learns_target: the forget term's error is to fall; its target is another than the noise.
-        projects: the forget gradient's factor is EraseDiff's, in place of ``forget_grad_rule``.
+        lambda_role: see :class:`Objective`, as ``learns_target`` and ``projects``.
         extra: what a batch needs more, ``"uniform"`` noise or ``"neighbours"``.
     """
 
     rows: Rows
     draw: DrawRows
-    lambda_role: Literal["mixture", "weight", "none"]
+    lambda_role: LambdaRole = "none"
     learns_target: bool = False
     projects: bool = False
     extra: Literal["uniform", "neighbours"] | None = None
-
-    @property
-    def sign(self) -> float:
-        """σ."""
-        return -1.0 if self.learns_target else 1.0
 
     def own_rows(self, count: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """Indices of the rows with a retain and of those with a forget weight, where the objective fixes them."""
@@ -65,30 +60,30 @@ class Objective:
             return None
         return (rows, rows[:0]) if self.rows == "retain" else (rows[:0], rows)
 
-    def lambda_gradients(
+    def prepare(self, data: TaskData, settings: RunSettings) -> Tensor | None:
+        """Places ``(|F|, K)`` of each forget sample's nearest retain samples, where they are needed."""
+        return nearest(data.forget, data.retain, NUM_NEIGHBOURS) if self.extra == "neighbours" else None
+
+    def complete(self, batch: Batch, data: TaskData, prepared: Tensor | None, generator: torch.Generator) -> Batch:
+        """``batch`` with uniform noise or the forget samples' neighbours, where they are needed."""
+        if self.extra == "uniform":
+            return batch._replace(extra=torch.rand(batch.noise.shape, generator=generator, device=generator.device))
+        if prepared is not None:
+            return batch._replace(extra=to_model_range(data.retain[prepared[batch.forget_index]]))
+        return batch
+
+    def weight_slope(
         self,
         terms: siss.SISSTerms,
         from_forget: Tensor,
-        lambda_: Tensor,
         *,
         retain_coef: float,
         forget_coef: float,
         forget_scale: float,
-    ) -> dict[str, Tensor]:
-        """dL/dλ by the estimators of :func:`unlearn_gym.siss.lambda_gradients`; 0 where λ does nothing.
-
-        Where λ is a weight nothing is drawn with it: both estimators are the derivative.
-        """
-        zero = torch.zeros_like(terms.siss_loss)
-        slopes = dict.fromkeys(("pathwise", "score_function", "kl_only"), zero)
-        if self.lambda_role == "mixture":
-            coefs = {"retain_coef": retain_coef, "forget_coef": forget_coef, "forget_scale": forget_scale}
-            slopes = siss.lambda_gradients(terms, from_forget, lambda_, **coefs)
-        elif self.lambda_role == "weight":
-            forget = forget_scale * forget_coef * terms.forget_errors
-            slope = 2.0 * torch.where(from_forget, -self.sign * forget, -retain_coef * terms.retain_errors).mean()
-            slopes = {**slopes, "pathwise": slope, "score_function": slope}
-        return slopes
+    ) -> Tensor:
+        """dL/dλ where λ is a weight and every row has one side's error."""
+        forget = forget_scale * forget_coef * terms.forget_errors
+        return 2.0 * torch.where(from_forget, -self.sign * forget, -retain_coef * terms.retain_errors).mean()
 
 
 def bernoulli(batch: Batch, alphas_cumprod: Tensor, lambda_: Tensor) -> Draw:
@@ -164,16 +159,15 @@ def _towards(drawn: Draw, target: Tensor | None) -> Draw:
     return drawn._replace(targets=drawn.targets._replace(forget_noise=torch.cat([noise[: len(target)], target])))
 
 
-OBJECTIVES = {
-    "siss": Objective("mixture", mix, "mixture"),
-    "siss-no-is": Objective("both", both, "none"),
-    "bernoulli": Objective("mixture", bernoulli, "mixture"),
-    "naive": Objective("retain", retain_only, "none"),
-    "neggrad": Objective("forget", forget_only, "none"),
-    "erasediff": Objective("both", towards_uniform, "none", learns_target=True, projects=True, extra="uniform"),
-    "retrack": Objective("both", towards_neighbours, "weight", learns_target=True, extra="neighbours"),
+EPSILON_OBJECTIVES = {
+    "siss": EpsilonObjective("mixture", mix, "mixture"),
+    "siss-no-is": EpsilonObjective("both", both, "none"),
+    "bernoulli": EpsilonObjective("mixture", bernoulli, "mixture"),
+    "naive": EpsilonObjective("retain", retain_only, "none"),
+    "neggrad": EpsilonObjective("forget", forget_only, "none"),
+    "erasediff": EpsilonObjective("both", towards_uniform, "none", learns_target=True, projects=True, extra="uniform"),
+    "retrack": EpsilonObjective("both", towards_neighbours, "weight", learns_target=True, extra="neighbours"),
 }
-"""By the name that ``objective=`` takes. Sources: ``docs/objectives.md``."""
 
 
 def nearest(samples: Tensor, pool: Tensor, count: int) -> Tensor:

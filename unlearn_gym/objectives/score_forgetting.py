@@ -1,0 +1,163 @@
+"""Score forgetting distillation as an objective, with λ, for many classes at once, and with SISS beside it.
+
+Chen et al. (ICLR 2025, arXiv 2409.11219). An update first lets the fake network learn the generator's samples, then
+takes the generator down
+
+    L = (1-λ) c_r L_remain + (1+s) λ c_f L_forget,
+
+where L_remain is the Fisher divergence (:func:`unlearn_gym.sfd.score_terms`) of what the generator makes of kept
+classes to the teacher's score of them, and L_forget that of what it makes of a forgotten class to the teacher's score
+of the class that overrides it. Nothing is drawn from data but their classes. Any number of classes is forgotten at
+once, each with its own override: the multi-class form of arXiv 2512.01054, as λ in place of two fixed coefficients
+is its adaptive one. SFD's code has coefficients 1 and 0.01.
+
+With ``hybrid_coef`` h > 0 the SISS loss on real pairs is added, h L_SISS(λ), of the generator's network as a denoiser
+at its own timestep: the direct gradient beside the data-free ones. No equation of the paper's hybrid is public; this
+is our reading of its description.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unlearn_gym import sfd, siss
+from unlearn_gym.errors import SettingsError
+from unlearn_gym.objectives.base import Context, Learner, OwnPasses, Passes
+from unlearn_gym.settings import RunSettings
+from unlearn_gym.step import Batch, mix
+from unlearn_gym.tasks.data import TaskData
+
+SCORE_TIMESTEPS = (0.038, 0.712)
+"""Share of T between which scores are compared; SFD's code: 38 to 712 of 1,000."""
+
+
+class Classes(NamedTuple):
+    """Kept classes ``(K,)``, forgotten ones ``(F,)`` and what overrides each of those ``(F,)``."""
+
+    kept: Tensor
+    forgotten: Tensor
+    overrides: Tensor
+
+
+class ScoreDraw(NamedTuple):
+    """What an update draws for one side: labels, the teacher's labels, noises ``(B, *S)`` and timesteps ``(B,)``.
+
+    ``noise`` is what the generator starts from, ``score_noise`` at ``timesteps`` what scores are compared in,
+    ``fake_noise`` at ``fake_timesteps`` what the fake network learns in.
+    """
+
+    labels: Tensor
+    teacher_labels: Tensor
+    noise: Tensor
+    score_noise: Tensor
+    timesteps: Tensor
+    fake_noise: Tensor
+    fake_timesteps: Tensor
+
+
+def override_pairs(kept: list[int], forgotten: list[int], chosen: dict[int, int] | None) -> list[int]:
+    """The override of each of ``forgotten``: the ``chosen`` one, or the next kept class, cyclically.
+
+    Raises :class:`SettingsError` for one that is itself forgotten or unknown, and for pairs of other classes.
+    """
+    chosen = chosen or {}
+    for old, new in chosen.items():
+        if old not in forgotten:
+            raise SettingsError(f"override_classes: {old} is not forgotten here; the forgotten classes are {forgotten}")
+        if new in forgotten:
+            raise SettingsError(f"override_classes: {new}, to override {old}, is itself forgotten; take one of {kept}")
+        if new not in kept:
+            raise SettingsError(f"override_classes: {new}, to override {old}, is no kept class; take one of {kept}")
+    following = {old: next((c for c in kept if c > old), kept[0]) for old in forgotten}
+    return [chosen.get(old, following[old]) for old in forgotten]
+
+
+class ScoreForgetting(OwnPasses):
+    """The objective ``"sfd"``, of one-step generators; λ is the forget term's weight, the remain term's being 1-λ."""
+
+    lambda_role = "weight"
+    learns_target = True
+
+    def trained(self, model: Any) -> nn.Module:
+        """The generator."""
+        return model.generator
+
+    def learner(self, model: Any, settings: RunSettings) -> Learner:
+        """The fake network."""
+        return Learner(model.fake, torch.optim.Adam, settings.fake_learning_rate or settings.learning_rate)
+
+    def prepare(self, data: TaskData, settings: RunSettings) -> Classes:
+        """The classes and their overrides."""
+        if data.retain_labels is None or data.forget_labels is None:
+            raise SettingsError("objective='sfd' forgets classes, and this task's data has no labels")
+        forgotten = data.forget_labels.unique()
+        kept = data.retain_labels.unique()
+        kept = kept[~torch.isin(kept, forgotten)]
+        overrides = override_pairs(kept.tolist(), forgotten.tolist(), settings.override_classes)
+        return Classes(kept, forgotten, torch.tensor(overrides, device=kept.device))
+
+    def complete(self, batch: Batch, data: TaskData, prepared: Classes, generator: torch.Generator) -> Batch:
+        """``batch`` with the classes, noises and timesteps of both sides."""
+        return batch._replace(extra=tuple(
+            self._draw(batch, labels, teacher_labels, generator)
+            for labels, teacher_labels in ((prepared.kept, prepared.kept), (prepared.forgotten, prepared.overrides))
+        ))  # fmt: skip
+
+    def _draw(self, batch: Batch, labels: Tensor, teacher_labels: Tensor, generator: torch.Generator) -> ScoreDraw:
+        size, device = len(batch.timesteps), generator.device
+        place = torch.randint(len(labels), (size,), generator=generator, device=device)
+        noises = [torch.randn(batch.noise.shape, generator=generator, device=device) for _ in range(3)]
+        shares = torch.rand(2, size, generator=generator, device=device)
+        return ScoreDraw(labels[place], teacher_labels[place], noises[0], noises[1], shares[0], noises[2], shares[1])
+
+    def passes(self, model: Any, batch: Batch, lambda_: Tensor, context: Context, learner: Learner | None) -> Passes:
+        """Generate both sides, let the fake network learn them, and compare scores."""
+        alphas_cumprod, s = context.alphas_cumprod, context.settings
+        samples = [sfd.generate(model.generator, d.noise, d.labels, alphas_cumprod, model.start) for d in batch.extra]
+        if learner is not None:
+            learner.step(self._fake_loss(model, samples, batch.extra, alphas_cumprod))
+        scores = [
+            self._scores(model, x, draw, alphas_cumprod, s.score_alpha)
+            for x, draw in zip(samples, batch.extra, strict=True)
+        ]
+        weights = (1.0 - lambda_).expand_as(batch.uniforms), lambda_.expand_as(batch.uniforms)
+        coefs = context.retain_coef, context.forget_coef
+        retain, forget = (c * (w * x.surrogate).mean() for c, w, x in zip(coefs, weights, scores, strict=True))
+        losses = [c * (w * x.divergence).mean() for c, w, x in zip(coefs, weights, scores, strict=True)]
+        direct = self._direct(model, batch, lambda_, context) if s.hybrid_coef > 0 else None
+        loss = losses[0] + s.forget_scale * losses[1] + (0.0 if direct is None else direct.detach())
+        nothing = samples[0].detach()[:0]
+        terms = siss.SISSTerms(
+            losses[0], losses[1], loss, scores[0].divergence, scores[1].divergence, *weights, nothing, nothing
+        )
+        return Passes(retain, forget, terms, torch.zeros_like(batch.uniforms, dtype=torch.bool), direct)
+
+    def _fake_loss(
+        self, model: Any, samples: list[Tensor], draws: tuple[ScoreDraw, ...], alphas_cumprod: Tensor
+    ) -> Tensor:
+        labels, noise, shares = (
+            torch.cat([getattr(d, name) for d in draws]) for name in ("labels", "fake_noise", "fake_timesteps")
+        )
+        timesteps = (shares * len(alphas_cumprod)).long()
+        return sfd.denoising_loss(model.fake, torch.cat(samples).detach(), labels, noise, timesteps, alphas_cumprod)
+
+    def _scores(
+        self, model: Any, samples: Tensor, draw: ScoreDraw, alphas_cumprod: Tensor, alpha: float
+    ) -> sfd.ScoreTerms:
+        low, high = (share * len(alphas_cumprod) for share in SCORE_TIMESTEPS)
+        timesteps = (low + draw.timesteps * (high - low)).long()
+        return sfd.score_terms(
+            samples, draw.score_noise, timesteps, alphas_cumprod, teacher=model.teacher, fake=model.fake,
+            teacher_labels=draw.teacher_labels, fake_labels=draw.labels, alpha=alpha,
+        )  # fmt: skip
+
+    def _direct(self, model: Any, batch: Batch, lambda_: Tensor, context: Context) -> Tensor:
+        """H L_SISS of the generator's network on real pairs at its own timestep."""
+        s, start = context.settings, torch.full_like(batch.timesteps, model.start)
+        draw = mix(batch._replace(timesteps=start), context.alphas_cumprod, lambda_)
+        pred = model.generator(draw.x_t, draw.timesteps, draw.labels)
+        coefs = {"retain_coef": context.retain_coef, "forget_coef": context.forget_coef}
+        return s.hybrid_coef * siss.siss_terms(pred, draw.targets, forget_scale=s.forget_scale, **coefs).siss_loss
