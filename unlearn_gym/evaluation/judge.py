@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -103,19 +104,25 @@ class Judge:
     @torch.inference_mode()
     def draw(self, model: nn.Module, labels: Tensor | None, n: int, seed: int) -> Judged:
         """``n`` samples from the noise of ``seed``, on the model's device; each batch is judged as it comes."""
+        parts = [
+            [x.cpu() for x in (samples, *self.task.classifier(samples))]
+            for samples in self.batches(model, labels, n, seed)
+        ]
+        return Judged(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    @torch.inference_mode()
+    def batches(self, model: nn.Module, labels: Tensor | None, n: int, seed: int) -> Iterator[Tensor]:
+        """The samples of :meth:`draw`, on the model's device, batch by batch and not judged."""
         device = next(model.parameters()).device
         alphas_cumprod, s = self.alphas_cumprod.to(device), self.settings
         noise = torch.randn((n, *self.data.retain.shape[1:]), generator=torch.Generator().manual_seed(seed))
-        parts = []
         for start in range(0, n, s.batch_size):
             part = slice(start, start + s.batch_size)
-            samples = sample(
+            yield sample(
                 model, noise[part].to(device), alphas_cumprod, clip=self.task.clip,
                 labels=None if labels is None else labels[part].to(device),
                 num_inference_steps=s.num_inference_steps or self.task.num_inference_steps,
             )  # fmt: skip
-            parts.append([x.cpu() for x in (samples, *self.task.classifier(samples))])
-        return Judged(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def quality_labels(self) -> Tensor | None:
         """Every retained label equally often, ``(num_quality_samples,)``; None for an unconditional model."""

@@ -12,10 +12,11 @@ from unlearn_gym.diffusion import ScheduleConfig
 from unlearn_gym.models import MLPConfig, UNetConfig
 from unlearn_gym.models.classifier import GARMENTS, classify
 from unlearn_gym.settings import RunSettings
-from unlearn_gym.tasks import gaussians, mnist
+from unlearn_gym.tasks import cifar, gaussians, mnist
 from unlearn_gym.tasks.data import TaskData, to_model_range
 from unlearn_gym.tasks.registry import (
     DATA_ROOT_VARIABLE,
+    HOME_VARIABLE,
     FeatureConstants,
     Task,
     TaskFamily,
@@ -26,10 +27,12 @@ from unlearn_gym.tasks.registry import (
     register_task,
     resolve_data_root,
     task_names,
+    user_folder,
 )
 
 __all__ = [
     "DATA_ROOT_VARIABLE",
+    "HOME_VARIABLE",
     "FeatureConstants",
     "Task",
     "TaskData",
@@ -42,6 +45,7 @@ __all__ = [
     "resolve_data_root",
     "task_names",
     "to_model_range",
+    "user_folder",
 ]
 
 ASSETS = Path(str(files("unlearn_gym"))) / "assets"
@@ -83,15 +87,20 @@ def _load_mnist_digits(digits: tuple[int, ...], data_root: Path | None, download
     return mnist.load_mnist_digits(MNIST_ARCHIVE, digits, data_root, download=download)
 
 
+def _load_cifar10(classes: tuple[int, ...], data_root: Path | None, download: bool) -> TaskData:
+    assert data_root is not None  # load_data sees to it
+    return cifar.load_cifar10(classes, data_root, download=download)
+
+
 def _load_gaussians(modes: tuple[int, ...], data_root: Path | None, download: bool) -> TaskData:
     return gaussians.load_gaussians(modes)
 
 
-def _member_folders(family: str, classes: tuple[int, ...], name: str) -> dict[str, Any]:
+def _member_folders(family: str, classes: tuple[int, ...], name: str, root: Path = ASSETS) -> dict[str, Any]:
     """Where one member of a family has its oracle and constants, and where the pretrained weights are."""
     if name == family:
-        return {"assets": ASSETS / family, "pretrained_assets": None}
-    return {"assets": ASSETS / family / "-".join(map(str, classes)), "pretrained_assets": ASSETS / family}
+        return {"assets": root / family, "pretrained_assets": None}
+    return {"assets": root / family / "-".join(map(str, classes)), "pretrained_assets": root / family}
 
 
 def make_mnist_digits(digits: tuple[int, ...], name: str) -> Task:
@@ -106,6 +115,21 @@ def make_mnist_digits(digits: tuple[int, ...], name: str) -> Task:
         classify=classify,
         forget_classes=digits,
         probe_labels=digits,
+    )
+
+
+def make_cifar10(classes: tuple[int, ...], name: str) -> Task:
+    """The task that forgets ``classes`` of CIFAR-10; no classifier ships that could judge its samples."""
+    names = ", ".join(f"{c} ({cifar.CLASSES[c]})" for c in classes)
+    return Task(
+        name=name,
+        description=f"class-conditional DDPM on CIFAR-10: forget the classes {names}; data and weights are the user's",
+        network=cifar.NETWORK,
+        load_data=Of(_load_cifar10, classes),
+        **_member_folders("cifar10", classes, name, user_folder()),
+        forget_classes=classes,
+        probe_labels=classes,
+        user_made=True,
     )
 
 
@@ -161,4 +185,5 @@ register_task(
 )
 
 register_family(TaskFamily("mnist-digits", num_classes=10, default=(3,), make=make_mnist_digits))
+register_family(TaskFamily("cifar10", num_classes=len(cifar.CLASSES), default=(0,), make=make_cifar10))
 register_family(TaskFamily("gaussians-2d", num_classes=gaussians.NUM_MODES, default=(0,), make=make_gaussians))
