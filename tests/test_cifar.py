@@ -189,8 +189,8 @@ def test_files_that_are_not_the_published_ones_are_refused_unread(damage, tmp_pa
 def test_the_task_refuses_in_one_line_until_its_weights_are_made(tmp_path):
     code = (
         "import gymnasium as gym, unlearn_gym\n"
-        "for make, options in ((gym.make, {'task': 'cifar10'}), (gym.make, {'instances': ['gaussians-2d', 'cifar10:3,5']}),"
-        " (gym.make_vec, {'task': 'cifar10', 'num_envs': 2})):\n"
+        "one, several = {'task': 'cifar10'}, {'instances': ['gaussians-2d', 'cifar10:3,5']}\n"
+        "for make, options in ((gym.make, one), (gym.make, several), (gym.make_vec, {**one, 'num_envs': 2})):\n"
         "    try: make('SISSUnlearn-v0', **options)\n"
         "    except Exception as error: print(type(error).__name__, error)\n"
     )
@@ -219,15 +219,10 @@ def test_a_home_that_cannot_be_a_folder_is_named_before_any_training(tmp_path, m
 
 def test_the_folder_of_the_weights(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    for value, folder in (
-        ("", tmp_path / ".local/share/unlearn_gym"),
-        ("~/mine", tmp_path / "mine"),
-        ("/a", Path("/a")),
-    ):
+    default, beside = tmp_path / ".local/share/unlearn_gym", Path.cwd() / "beside"
+    for value, folder in (("", default), ("~/mine", tmp_path / "mine"), ("/a", Path("/a")), ("beside", beside)):
         monkeypatch.setenv(HOME_VARIABLE, value)
         assert user_folder() == folder
-    monkeypatch.setenv(HOME_VARIABLE, "beside")
-    assert user_folder() == Path.cwd() / "beside"
 
 
 def test_after_the_commands_of_the_refusal_the_task_runs(trained, root):

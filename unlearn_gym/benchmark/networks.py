@@ -24,12 +24,12 @@ CANDIDATES = {
     "64-128-256-b1": NETWORK,
 }
 """By channels at 16×16, 8×8 and 4×4, and residual blocks a level; the first is the MNIST tasks' size."""
-COLUMNS = ("network", "parameters", "unlearning update, ms", "pretraining update, ms")
+COLUMNS = ("network", "parameters", "unlearning update", "pretraining update")
 
 
 def network_costs(candidates: Mapping[str, UNetConfig] = CANDIDATES, *, rounds: int = 9) -> str:
-    """Markdown: each candidate's parameters and median milliseconds of an unlearning and a pretraining update at the
-    default batch sizes, taken in turns.
+    """Markdown: each candidate's parameters, and median milliseconds of an unlearning and of a pretraining update at
+    the default batch sizes, with the median ratio to the first candidate's in the same round.
 
     The images are noise and the weights those of a network that was never trained: what a pass costs depends on
     neither, where every sample takes part in every pass.
@@ -44,10 +44,14 @@ def network_costs(candidates: Mapping[str, UNetConfig] = CANDIDATES, *, rounds: 
         updates[f"{name} unlearning"] = partial(run.update, 0.5)
         updates[f"{name} pretraining"] = Pretraining(candidate, *samples, PretrainSettings()).update
     turns = take_turns(updates, rounds, warmup=1)
+    first = next(iter(candidates))
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for name, network in candidates.items():
         parameters = sum(p.numel() for p in dataclasses.replace(task, network=network).build_model().parameters())
-        times = [f"{1e3 * turns.median(f'{name} {kind}'):.0f}" for kind in ("unlearning", "pretraining")]
+        times = [
+            f"{1e3 * turns.median(f'{name} {kind}'):.0f} ms, {turns.ratio(f'{name} {kind}', f'{first} {kind}'):.2f} ×"
+            for kind in ("unlearning", "pretraining")
+        ]
         lines.append(f"| {name} | {parameters:,} | {' | '.join(times)} |")
     return "\n".join(lines) + "\n"
 
