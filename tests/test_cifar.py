@@ -189,7 +189,7 @@ def test_files_that_are_not_the_published_ones_are_refused_unread(damage, tmp_pa
 def test_the_task_refuses_in_one_line_until_its_weights_are_made(tmp_path):
     code = (
         "import gymnasium as gym, unlearn_gym\n"
-        "one, several = {'task': 'cifar10'}, {'instances': ['gaussians-2d', 'cifar10:3,5']}\n"
+        "one, several = {'task': 'cifar10', 'reward': 'potential'}, {'instances': ['gaussians-2d', 'cifar10:3,5']}\n"
         "for make, options in ((gym.make, one), (gym.make, several), (gym.make_vec, {**one, 'num_envs': 2})):\n"
         "    try: make('SISSUnlearn-v0', **options)\n"
         "    except Exception as error: print(type(error).__name__, error)\n"

@@ -176,10 +176,10 @@ there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samp
     def _read(self, instance: Instance) -> tuple[Task, RunSettings, TaskData]:
         """What ``instance`` needs; raises where its task, a value or the reward that is asked for does not fit."""
         task = get_task(instance.task)
+        task.check_pretrained()  # before its data, which may be large
         s = instance.settings(task, self._options)
         if s.reward == "potential" and s.potential_cap is None:
             task.unseen_forget_loss  # noqa: B018 - raises where it is not known
-        task.check_pretrained()  # before data of which a large part may have to be fetched
         return task, s, instance.data(load_data(task, self._data_root, download=self._download))
 
     def _named_instance(self, options: dict[str, Any]) -> Instance | None:
