@@ -162,11 +162,15 @@ def pretrain(
 
     Writes ``<name>.safetensors`` (averaged weights), ``<name>.json`` (the manifest, also returned),
     ``<name>.checkpoint.safetensors`` and TensorBoard curves to ``out``, where name is ``pretrained``
-    or ``oracle``.
+    or ``oracle``. Raises :class:`WeightsError` where ``out`` cannot be a folder or holds another training's checkpoint.
     """
     from torch.utils.tensorboard import SummaryWriter
 
     name = "oracle" if retain_only else "pretrained"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WeightsError(f"cannot make the folder {out} ({error.strerror}); choose another --out") from None
     training = Pretraining(task, *training_samples(data, retain_only=retain_only), settings)
     checkpoint = out / f"{name}.checkpoint.safetensors"
     if checkpoint.is_file():

@@ -14,8 +14,7 @@ from unlearn_gym.files import sha256, write_json
 from unlearn_gym.models.classifier import NUM_DIGITS, TROUSERS, DigitGarmentClassifier
 from unlearn_gym.models.weights import save_weights
 from unlearn_gym.pretraining import one_cycle
-from unlearn_gym.tasks.data import to_model_range
-from unlearn_gym.tasks.mnist import load_torchvision
+from unlearn_gym.tasks.data import load_torchvision, to_model_range
 
 MAX_SHIFT = 2
 MAX_NOISE = 0.3

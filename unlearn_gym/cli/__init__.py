@@ -24,6 +24,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "build-instances": assets.build_instances,
     "calibrate": assets.calibrate,
     "networks": assets.networks,
+    "network-costs": assets.network_costs,
 }
 
 

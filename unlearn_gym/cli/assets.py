@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -20,7 +20,10 @@ def pretrain(
     seed: int = 0,
     data_root: DataRoot = None,
     download: bool = False,
-    out: Path | None = None,
+    out: Annotated[
+        Path | None,
+        tyro.conf.arg(help="default: runs/pretrain/TASK; of a task that ships none, where it looks for them"),
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Train a task's model on R ∪ F, or with --retain-only its oracle on R; resumes in the same --out.
@@ -35,7 +38,8 @@ def pretrain(
     set_threads(threads)
     chosen = get_task(task)
     name = "oracle" if retain_only else "pretrained"
-    folder = out or Path("runs/pretrain") / task
+    weights = chosen.oracle_path if retain_only else chosen.pretrained_path
+    folder = out or (weights.parent if chosen.user_made else Path("runs/pretrain") / task)
     given = {k: v for k, v in (("updates", updates), ("batch_size", batch_size)) if v is not None}
     rest: Any = {"retain_only": retain_only, "command": invocation(), "progress": training_bar(f"{task} {name}")}
     if chosen.family.name == "generator":
@@ -114,6 +118,14 @@ def calibrate(
     path = (out or chosen.assets) / "constants.json"
     write_json(path, constants.model_dump())
     print(f"{path}: {constants.model_dump_json()}")
+
+
+def network_costs(threads: Threads = None) -> None:
+    """Print what candidate networks for cifar10 cost an update; needs no data."""
+    from unlearn_gym.benchmark.networks import network_costs as table
+
+    set_threads(threads)
+    print(table(), end="")
 
 
 def networks(data_root: DataRoot = None, out: Path = Path("runs/networks"), threads: Threads = None) -> None:

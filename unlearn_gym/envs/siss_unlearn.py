@@ -111,7 +111,7 @@ there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samp
     ``task``: a registered task's name, by default "mnist-trousers". ``instances``: in its place a set from which every
     episode draws what it unlearns (what an instance says goes before options), by name (``"gaussians-2d/train"``),
     from a file or as a list; see :mod:`unlearn_gym.instances`. ``render_mode``: None or ``"rgb_array"``.
-    ``data_root``: folder with torchvision's MNIST, else the environment variable ``UNLEARN_GYM_DATA_ROOT``, else the
+    ``data_root``: folder with torchvision's data, else the environment variable ``UNLEARN_GYM_DATA_ROOT``, else the
     shipped subset. ``download``: let torchvision fill that folder. Every field of
     :class:`unlearn_gym.settings.RunSettings` replaces the task's default:
     ``gym.make("SISSUnlearn-v0", task="gaussians-2d", horizon=100, learning_rate=1e-4)``. Raises
@@ -176,6 +176,7 @@ there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samp
     def _read(self, instance: Instance) -> tuple[Task, RunSettings, TaskData]:
         """What ``instance`` needs; raises where its task, a value or the reward that is asked for does not fit."""
         task = get_task(instance.task)
+        task.check_pretrained()  # before its data, which may be large
         s = instance.settings(task, self._options)
         if s.reward == "potential" and s.potential_cap is None:
             task.unseen_forget_loss  # noqa: B018 - raises where it is not known

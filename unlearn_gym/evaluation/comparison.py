@@ -113,7 +113,8 @@ class Comparison:
         task = get_task(self.task)
         settings = task.settings.override(**self.options)
         folders = {task.assets, task.pretrained_path.parent, task.oracle_path.parent}
-        files = [path for folder in folders for end in KEY_FILES for path in folder.glob(end)]
+        found = [path for folder in folders for end in KEY_FILES for path in folder.glob(end)]
+        files = [path for path in found if ".checkpoint" not in path.suffixes]  # of a training, beside its weights
         common: dict[str, Any] = {
             "format": CELL_FORMAT, "task": self.task, "data": load_data(task, self.data_root).digest(),
             "extras": [name for name in EXTRAS if importlib.util.find_spec(name) is not None],

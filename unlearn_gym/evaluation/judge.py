@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -108,21 +109,29 @@ class Judge:
 
         ``family`` draws them as from a model of another family than its own.
         """
+        parts = [
+            [x.cpu() for x in (samples, *self.task.classifier(samples))]
+            for samples in self.batches(model, labels, n, seed, family)
+        ]
+        return Judged(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    @torch.inference_mode()
+    def batches(
+        self, model: nn.Module, labels: Tensor | None, n: int, seed: int, family: Family | None = None
+    ) -> Iterator[Tensor]:
+        """The samples of :meth:`draw`, on the model's device, batch by batch and not judged."""
         device = next(model.parameters()).device
         alphas_cumprod, s = self.alphas_cumprod.to(device), self.settings
         family = family or family_of(model)
         shape = family.noise_shape(model, self.data.retain.shape[1:])
         noise = torch.randn((n, *shape), generator=torch.Generator().manual_seed(seed))
-        parts = []
         for start in range(0, n, s.batch_size):
             part = slice(start, start + s.batch_size)
-            samples = family.sample(
+            yield family.sample(
                 model, noise[part].to(device), alphas_cumprod, clip=self.task.clip,
                 labels=None if labels is None else labels[part].to(device),
                 num_inference_steps=s.num_inference_steps or self.task.num_inference_steps,
             )  # fmt: skip
-            parts.append([x.cpu() for x in (samples, *self.task.classifier(samples))])
-        return Judged(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def quality_labels(self) -> Tensor | None:
         """Every retained label equally often, ``(num_quality_samples,)``; None for an unconditional model."""

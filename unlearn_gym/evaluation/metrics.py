@@ -71,7 +71,7 @@ class Figures:
 
 class Evaluation(NamedTuple):
     """Metrics by name, reasons of those that are absent, the forget loss at ten timesteps, and the samples
-    ``(N, *S)`` (None without a classifier).
+    ``(N, *S)`` (None where none were drawn).
     """
 
     metrics: dict[str, float]
@@ -119,7 +119,7 @@ class Evaluator:
         self._predictions(model, figures)
         self._likelihoods(model, figures)
         if self.task.classify is None:
-            return Evaluation(figures.values, figures.missing("the task has no classifier"), profile)
+            return self._without_classifier(model, figures, profile)
         judge, s = self.judge, self.settings
         quality = judge.draw(model, judge.quality_labels(), s.num_quality_samples, s.seed)
         forget = judge.draw(model, judge.forget_labels(), s.num_forget_samples, s.seed + 1)
@@ -129,6 +129,17 @@ class Evaluator:
         is_forget = self._forgetting(forget, figures)
         absent = figures.missing("not for this kind of task")
         return Evaluation(figures.values, absent, profile, forget.samples, quality.samples, is_forget)
+
+    def _without_classifier(self, model: nn.Module, figures: Figures, profile: list[float]) -> Evaluation:
+        """The evaluation's end where no classifier judges samples: Inception may still."""
+        judge, s, samples = self.judge, self.settings, None
+        if self._has_inception(figures):
+            samples = torch.cat(list(judge.batches(model, judge.quality_labels(), s.num_quality_samples, s.seed))).cpu()
+            if not torch.isfinite(samples).all():
+                return Evaluation(figures.values, figures.missing("the samples are not finite"), profile, finite=False)
+            self._inception(figures, samples)
+        absent = figures.missing("the task has no classifier")
+        return Evaluation(figures.values, absent, profile, quality_samples=samples)
 
     def _for_evaluation(self, model: nn.Module) -> nn.Module:
         return copy.deepcopy(model).to(memory_format=torch.channels_last).eval()
@@ -210,7 +221,8 @@ class Evaluator:
         if labels is not None:
             figures.add("class_accuracy", (drawn.classes == labels).float().mean().item())
         self._ssim(figures, "ssim_mean", drawn.samples, reference.samples.mean(0, keepdim=True))
-        self._inception(figures, drawn.samples)
+        if self._has_inception(figures):
+            self._inception(figures, drawn.samples)
 
     def _feature_distances(self, drawn: Judged, figures: Figures) -> None:
         """How far the samples' features are from those of the reference and of the oracle's samples."""
@@ -247,14 +259,19 @@ class Evaluator:
     @cached_property
     def _inception_reference(self) -> Tensor:
         assert self.settings.inception_weights is not None
-        return inception_features(self.judge.reference.samples, Path(self.settings.inception_weights))[0]
+        return inception_features(to_model_range(self.data.heldout), Path(self.settings.inception_weights))[0]
+
+    def _has_inception(self, figures: Figures) -> bool:
+        """Whether Inception can judge samples of the task; ``figures`` take in the reason where it cannot."""
+        images = self.data.retain.dim() == 4
+        if images and self.settings.inception_weights is not None:
+            return True
+        reason = "no Inception weights were given" if images else "Inception features are of images"
+        figures.absent |= dict.fromkeys(("inception_fid", "inception_kid", "inception_score"), reason)
+        return False
 
     def _inception(self, figures: Figures, samples: Tensor) -> None:
-        names = ("inception_fid", "inception_kid", "inception_score")
-        if self.settings.inception_weights is None or samples.dim() != 4:
-            reason = "no Inception weights were given" if samples.dim() == 4 else "Inception features are of images"
-            figures.absent |= dict.fromkeys(names, reason)
-            return
+        assert self.settings.inception_weights is not None
         features, logits = inception_features(samples, Path(self.settings.inception_weights))
         with figures.trying("inception_score"):
             figures.add("inception_score", class_score(logits))

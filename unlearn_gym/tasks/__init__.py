@@ -13,10 +13,11 @@ from unlearn_gym.models import MLPConfig, UNetConfig, VAEConfig
 from unlearn_gym.models.classifier import GARMENTS, classify
 from unlearn_gym.models.one_step import OneStepNetwork
 from unlearn_gym.settings import RunSettings
-from unlearn_gym.tasks import gaussians, mnist
+from unlearn_gym.tasks import cifar, gaussians, mnist
 from unlearn_gym.tasks.data import TaskData, to_model_range
 from unlearn_gym.tasks.registry import (
     DATA_ROOT_VARIABLE,
+    HOME_VARIABLE,
     FeatureConstants,
     Task,
     TaskFamily,
@@ -27,10 +28,12 @@ from unlearn_gym.tasks.registry import (
     register_task,
     resolve_data_root,
     task_names,
+    user_folder,
 )
 
 __all__ = [
     "DATA_ROOT_VARIABLE",
+    "HOME_VARIABLE",
     "FeatureConstants",
     "Task",
     "TaskData",
@@ -43,6 +46,7 @@ __all__ = [
     "resolve_data_root",
     "task_names",
     "to_model_range",
+    "user_folder",
 ]
 
 ASSETS = Path(str(files("unlearn_gym"))) / "assets"
@@ -84,15 +88,20 @@ def _load_mnist_digits(digits: tuple[int, ...], data_root: Path | None, download
     return mnist.load_mnist_digits(MNIST_ARCHIVE, digits, data_root, download=download)
 
 
+def _load_cifar10(classes: tuple[int, ...], data_root: Path | None, download: bool) -> TaskData:
+    assert data_root is not None  # load_data sees to it
+    return cifar.load_cifar10(classes, data_root, download=download)
+
+
 def _load_gaussians(modes: tuple[int, ...], data_root: Path | None, download: bool) -> TaskData:
     return gaussians.load_gaussians(modes)
 
 
-def _member_folders(family: str, classes: tuple[int, ...], name: str) -> dict[str, Any]:
+def _member_folders(family: str, classes: tuple[int, ...], name: str, root: Path = ASSETS) -> dict[str, Any]:
     """Where one member of a family has its oracle and constants, and where the pretrained weights are."""
     if name == family:
-        return {"assets": ASSETS / family, "pretrained_assets": None}
-    return {"assets": ASSETS / family / "-".join(map(str, classes)), "pretrained_assets": ASSETS / family}
+        return {"assets": root / family, "pretrained_assets": None}
+    return {"assets": root / family / "-".join(map(str, classes)), "pretrained_assets": root / family}
 
 
 def make_mnist_digits(digits: tuple[int, ...], name: str) -> Task:
@@ -121,6 +130,21 @@ def make_sfd_mnist_digits(digits: tuple[int, ...], name: str) -> Task:
         network=OneStepNetwork(teacher.network, teacher.pretrained_path, teacher.oracle_path),
         **_member_folders("sfd-mnist-digits", digits, name),
         settings=RunSettings(objective="sfd", learning_rate=1e-4, dataset_factors="none", forget_grad_rule="loss"),
+    )
+
+
+def make_cifar10(classes: tuple[int, ...], name: str) -> Task:
+    """The task that forgets ``classes`` of CIFAR-10; no classifier ships that could judge its samples."""
+    names = ", ".join(f"{c} ({cifar.CLASSES[c]})" for c in classes)
+    return Task(
+        name=name,
+        description=f"class-conditional DDPM on CIFAR-10: forget the classes {names}; data and weights are the user's",
+        network=cifar.NETWORK,
+        load_data=Of(_load_cifar10, classes),
+        **_member_folders("cifar10", classes, name, user_folder()),
+        forget_classes=classes,
+        probe_labels=classes,
+        user_made=True,
     )
 
 
@@ -191,4 +215,5 @@ register_task(
 
 register_family(TaskFamily("mnist-digits", num_classes=10, default=(3,), make=make_mnist_digits))
 register_family(TaskFamily("sfd-mnist-digits", num_classes=10, default=(3,), make=make_sfd_mnist_digits))
+register_family(TaskFamily("cifar10", num_classes=len(cifar.CLASSES), default=(0,), make=make_cifar10))
 register_family(TaskFamily("gaussians-2d", num_classes=gaussians.NUM_MODES, default=(0,), make=make_gaussians))

@@ -1,4 +1,4 @@
-"""What is retained, what is forgotten and what was never seen, as tensors."""
+"""What is retained, what is forgotten and what was never seen, as tensors; torchvision's data sets as such."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from unlearn_gym.errors import DataError
+from unlearn_gym.errors import DataError, error_line
 from unlearn_gym.models.weights import read_tensors, save_weights
 
 SIZES = ("retain_size", "forget_size")
+
+Labelled = tuple[Tensor, Tensor]
+"""Samples ``(N, *S)`` and their labels, int64 ``(N,)``."""
 
 
 @dataclass(frozen=True)
@@ -88,3 +91,37 @@ class TaskData:
 def to_model_range(samples: Tensor) -> Tensor:
     """uint8 images to float32 in [-1, 1]; float samples pass unchanged."""
     return samples.float() / 127.5 - 1.0 if samples.dtype == torch.uint8 else samples
+
+
+def part_by_class(train: Labelled, test: Labelled, classes: tuple[int, ...], **sizes: int) -> TaskData:
+    """A data set of which ``classes`` are to be forgotten: what the model learned is ``train``, what it never saw
+    ``test``; ``sizes`` are :class:`TaskData`'s.
+    """
+    of_forget = [torch.isin(labels, torch.tensor(classes)) for _, labels in (train, test)]
+    retain, heldout = ([x[~chosen] for x in part] for part, chosen in zip((train, test), of_forget, strict=True))
+    forget, unseen = ([x[chosen] for x in part] for part, chosen in zip((train, test), of_forget, strict=True))
+    return TaskData(
+        retain=retain[0], retain_labels=retain[1], forget=forget[0], forget_labels=forget[1],
+        heldout=heldout[0], heldout_labels=heldout[1], unseen=unseen[0], unseen_labels=unseen[1], **sizes,
+    )  # fmt: skip
+
+
+def load_torchvision(name: str, root: Path, *, train: bool, download: bool = False) -> Labelled:
+    """A data set of images through torchvision's class ``name``: uint8 ``(N, C, H, W)`` and int64 ``(N,)``.
+
+    Raises :class:`DataError` where ``root`` does not hold it whole. CIFAR's files are pickles, which can run code:
+    torchvision reads one only if its MD5 sum is that of the published file.
+    """
+    from torchvision import datasets
+
+    if not root.is_dir() and not download:
+        raise DataError(f"data root {root} is not a folder; correct it, or let torchvision fill it with --download")
+    try:
+        dataset = getattr(datasets, name)(root=str(root), train=train, download=download)
+    except (RuntimeError, OSError, ValueError, AssertionError) as error:
+        raise DataError(
+            f"no usable {name} under {root} ({error_line(error)}); "
+            "name the folder that holds it with --data-root, or let torchvision fill it with --download"
+        ) from None
+    images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets, dtype=torch.int64)
+    return images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous(), labels

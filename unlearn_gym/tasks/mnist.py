@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unlearn_gym.errors import DataError, error_line
-from unlearn_gym.tasks.data import TaskData
+from unlearn_gym.tasks.data import TaskData, load_torchvision, part_by_class
 
 NUM_FORGET = 674
 NUM_UNSEEN = 500
@@ -33,22 +33,6 @@ DIGIT_COUNTS = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
 """Training images of each digit in MNIST."""
 SHIPPED_RETAIN = 10_000
 SEED = 42
-
-
-def load_torchvision(name: str, root: Path, *, train: bool, download: bool = False) -> tuple[Tensor, Tensor]:
-    """``MNIST`` or ``FashionMNIST`` through torchvision: uint8 ``(N, 1, 28, 28)`` and int64 ``(N,)``."""
-    from torchvision import datasets
-
-    if not root.is_dir() and not download:
-        raise DataError(f"data root {root} is not a folder; correct it, or let torchvision fill it with --download")
-    try:
-        dataset = getattr(datasets, name)(root=str(root), train=train, download=download)
-    except (RuntimeError, OSError, ValueError, AssertionError) as error:
-        raise DataError(
-            f"no usable {name} under {root} ({str(error).splitlines()[0]}); "
-            "name the folder that holds it with --data-root, or let torchvision fill it with --download"
-        ) from None
-    return dataset.data.unsqueeze(1), dataset.targets.to(torch.int64)
 
 
 def read_archive(path: Path, keys: tuple[str, ...]) -> list[Tensor]:
@@ -128,14 +112,9 @@ def load_mnist_digits(
     data = load_mnist_trousers(digits, data_root, download=download)
     assert data.retain_labels is not None
     assert data.heldout_labels is not None
-    forgotten = torch.tensor(forget_digits)
-    train, test = torch.isin(data.retain_labels, forgotten), torch.isin(data.heldout_labels, forgotten)
     forget_size = sum(DIGIT_COUNTS[digit] for digit in forget_digits)
-    return TaskData(
-        retain=data.retain[~train], retain_labels=data.retain_labels[~train],
-        forget=data.retain[train], forget_labels=data.retain_labels[train],
-        heldout=data.heldout[~test], heldout_labels=data.heldout_labels[~test],
-        unseen=data.heldout[test], unseen_labels=data.heldout_labels[test],
+    return part_by_class(
+        (data.retain, data.retain_labels), (data.heldout, data.heldout_labels), forget_digits,
         retain_size=FULL_RETAIN - forget_size, forget_size=forget_size,
     )  # fmt: skip
 

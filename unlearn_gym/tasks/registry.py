@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from unlearn_gym.diffusion import ScheduleConfig
-from unlearn_gym.errors import TaskError, WeightsError
+from unlearn_gym.errors import DataError, TaskError, WeightsError
 from unlearn_gym.families import Family, family_of
 from unlearn_gym.models import MLPConfig, UNetConfig, VAEConfig, build_network
 from unlearn_gym.models.weights import load_weights
@@ -23,6 +23,7 @@ from unlearn_gym.settings import RunSettings, describe_validation_error
 from unlearn_gym.tasks.data import TaskData
 
 DATA_ROOT_VARIABLE = "UNLEARN_GYM_DATA_ROOT"
+HOME_VARIABLE = "UNLEARN_GYM_HOME"
 
 
 class FeatureConstants(BaseModel):
@@ -54,7 +55,8 @@ class Task:
     class is in ``forget_classes`` count as forget data. ``probe_labels`` are the labels under which the forget
     data was learned (none for an unconditional model), ``clip`` the range of the data (None for unbounded).
     ``optimum`` is the noise prediction of least expected error on the retain data, where it is known in closed
-    form: ``(x_t, alpha_bars (B,)) -> epsilon``.
+    form: ``(x_t, alpha_bars (B,)) -> epsilon``. Of a ``user_made`` task nothing is in the package: its data come
+    from a data root alone, and the user trains its weights, which the commands put into ``assets`` by default.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Task:
     optimum: Callable[[Tensor, Tensor], Tensor] | None = None
     clip: float | None = 1.0
     num_inference_steps: int = 20
+    user_made: bool = False
 
     def build_model(self) -> nn.Module:
         """The network, with weights that are not the pretrained ones yet."""
@@ -85,7 +88,8 @@ class Task:
         return family_of(self.network)
 
     def pretrained_model(self) -> nn.Module:
-        """The model that has learned D = R ∪ F."""
+        """The model that has learned D = R ∪ F; raises :class:`WeightsError` when there is none that fits."""
+        self.check_pretrained()
         return self._load(self.pretrained_path)
 
     def oracle_model(self) -> nn.Module:
@@ -107,7 +111,24 @@ class Task:
     @property
     def oracle_remedy(self) -> str:
         """How to get an oracle, in words."""
-        return f"train it with 'unlearn-gym pretrain --task {self.name} --retain-only --out {self.oracle_path.parent}'"
+        return f"train it with {self._command('pretrain', '--retain-only', '--out', str(self.oracle_path.parent))}"
+
+    def check_pretrained(self) -> None:
+        """Raise :class:`WeightsError` with all commands to be run where a ``user_made`` task lacks its weights."""
+        if not self.user_made or self.pretrained_path.is_file():
+            return
+        family = replace(self, name=self.name.partition(":")[0])  # whose weights all members share
+        raise WeightsError(
+            f"task {self.name!r} ships no weights, and there is no {self.pretrained_path}; make them with "
+            f"{family._command('pretrain', '--download')}, for an oracle (which reward='potential' needs) "
+            f"{self._command('pretrain', '--retain-only')}, and then {self._command('calibrate')}: DIR is the folder "
+            f"of torchvision's data, and {HOME_VARIABLE} names another one for weights"
+        )
+
+    def _command(self, name: str, *options: str) -> str:
+        """A command of the shell for this task, in quotes."""
+        data = ("--data-root", "DIR") if self.user_made else ()
+        return f"'unlearn-gym {' '.join((name, '--task', self.name, *data, *options))}'"
 
     def _load(self, path: Path) -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn only to be replaced
@@ -152,7 +173,7 @@ class Task:
             return constants.model_copy(update={"unseen_forget_loss": None}) if borrowed else constants
         except FileNotFoundError:
             raise TaskError(
-                f"task {self.name!r} has no {path.name}; run 'unlearn-gym calibrate --task {self.name}' "
+                f"task {self.name!r} has no {path.name}; run {self._command('calibrate')} "
                 "or pass normalize_features=False"
             ) from None
         except ValidationError as error:
@@ -233,6 +254,14 @@ def resolve_data_root(data_root: str | os.PathLike[str] | None) -> Path | None:
     return None if chosen is None else Path(chosen)
 
 
+def user_folder() -> Path:
+    """Where weights go that the user trains: the environment variable ``UNLEARN_GYM_HOME``, else
+    ``~/.local/share/unlearn_gym``. Read when the tasks are imported.
+    """
+    chosen = os.environ.get(HOME_VARIABLE) or "~/.local/share/unlearn_gym"
+    return Path(os.path.expanduser(chosen)).absolute()  # Path.expanduser raises where there is no home
+
+
 _DATA: dict[tuple[Task, Path | None], TaskData] = {}
 
 
@@ -240,6 +269,11 @@ def load_data(task: Task, data_root: str | os.PathLike[str] | None = None, *, do
     """The task's sets, read once per process; raises ``DataError`` with the remedy."""
     root = resolve_data_root(data_root)
     if (task, root) not in _DATA:
+        if task.user_made and root is None:
+            raise DataError(
+                f"task {task.name!r} ships no data: name the folder that holds it with --data-root (data_root=) or "
+                f"{DATA_ROOT_VARIABLE}, and let torchvision fill it with --download (download=True)"
+            )
         _DATA[task, root] = task.load_data(root, download)
     return _DATA[task, root]
 
