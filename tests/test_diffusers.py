@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -299,6 +300,15 @@ def test_weights_are_imported_once_and_again_when_they_change(pipeline, tmp_path
     diffusers_task("twice", pipeline, load_unlabelled, assets).pretrained_model()
 
 
+def test_reading_a_pipeline_asks_nobody(pipeline, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    (pipeline / "unet" / "unet.py").write_text("raise AssertionError('code ran')")
+    diffusers_task("alone", pipeline, load_unlabelled, tmp_path / "assets").pretrained_model()
+
+
 def test_an_import_overwrites_nothing_of_another_origin(pipeline, tmp_path):
     diffusers_task("one", pipeline, load_unlabelled, tmp_path / "assets")
     edit(pipeline / "scheduler/scheduler_config.json", prediction_type="sample")
@@ -385,7 +395,7 @@ TWO_WIDTHS = {"architecture": "UNet2DConditionModel", "unet": ATTENDING | {"cros
     ("change", "message"),
     [
         ({"num_classes": 2}, "num_classes=2 embeds labels for the cross-attention"),
-        ({"num_classes": 2, **TWO_WIDTHS}, "must be one number"),
+        (TWO_WIDTHS, "must be one number"),
         ({"unet": {"f": load_labelled}}, "must hold what JSON knows"),
     ],
 )

@@ -164,16 +164,14 @@ def _check(config: DiffusersConfig, values: Any) -> None:
             f"{name} has in_channels={inputs} and out_channels={outputs}; they must agree, or, with variance_type "
             "'learned' or 'learned_range' in the scheduler's config, the second be twice the first"
         )
-    if config.num_classes is None:
-        return
-    if name != "UNet2DConditionModel" or values["num_class_embeds"] is not None:
+    if name == "UNet2DConditionModel" and not isinstance(values["cross_attention_dim"], int):
+        raise SettingsError(
+            f"cross_attention_dim={values['cross_attention_dim']!r} is not supported; it must be one number"
+        )
+    if config.num_classes and (name != "UNet2DConditionModel" or values["num_class_embeds"] is not None):
         raise SettingsError(
             f"num_classes={config.num_classes} embeds labels for the cross-attention of a UNet2DConditionModel "
             "without num_class_embeds; leave it out, or for a UNet2DModel put num_class_embeds into unet"
-        )
-    if not isinstance(values["cross_attention_dim"], int):
-        raise SettingsError(
-            f"cross_attention_dim={values['cross_attention_dim']!r} must be one number for a class embedding"
         )
 
 
