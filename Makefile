@@ -34,7 +34,7 @@ install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[metrics,agents,distributed,dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[metrics,agents,distributed,diffusers,dev]"
 	touch $@
 
 clean:

@@ -6,10 +6,12 @@ Shapes: samples ``(B, *S)`` with ``S = (C, H, W)`` for images in [-1, 1] or ``(D
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from unlearn_gym.errors import SettingsError
@@ -21,19 +23,44 @@ RECONSTRUCTION_SHARE = 0.3
 RECONSTRUCTION_STEPS = 10
 
 
+ScheduleKind = Literal["linear", "scaled_linear", "cosine"]
+
+
 class ScheduleConfig(BaseModel):
-    """Linear β schedule of Ho et al. (2020), eq. 1 and section 4."""
+    """β schedule of ``num_train_timesteps`` T steps.
+
+    ``kind`` is ``"linear"``: β from ``beta_start`` to ``beta_end``, Ho et al. (2020), eq. 1 and section 4;
+    ``"scaled_linear"``: √β linear between the roots of both, as Rombach et al. (2022) train latent diffusion models;
+    or ``"cosine"``: Nichol and Dhariwal (2021), eq. 17, with s = 0.008 and β at most 0.999, which reads neither
+    ``beta_start`` nor ``beta_end``.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_train_timesteps: int = Field(1000, ge=2)
     beta_start: float = Field(1e-4, gt=0, lt=1)
     beta_end: float = Field(0.02, gt=0, lt=1)
+    kind: ScheduleKind = "linear"
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the default ``kind``: hashes of linear schedules stay those from before there were others."""
+        return {name: value for name, value in handler(self).items() if (name, value) != ("kind", "linear")}
+
+    def betas(self) -> Tensor:
+        """β_t as float64 ``(T,)``."""
+        start, end, count = self.beta_start, self.beta_end, self.num_train_timesteps
+        if self.kind == "linear":
+            return torch.linspace(start, end, count, dtype=torch.float64)
+        if self.kind == "scaled_linear":
+            return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64).square()
+        times = torch.arange(count + 1, dtype=torch.float64) / count
+        f = torch.cos((times + 0.008) / 1.008 * math.pi / 2).square()
+        return (1.0 - f[1:] / f[:-1]).clamp(max=0.999)
 
     def alphas_cumprod(self, device: str | torch.device = "cpu") -> Tensor:
         """ᾱ_t as float32 ``(T,)``, decreasing in (0, 1); accumulated in float64."""
-        betas = torch.linspace(self.beta_start, self.beta_end, self.num_train_timesteps, dtype=torch.float64)
-        return torch.cumprod(1.0 - betas, dim=0).to(device=device, dtype=torch.float32)
+        return torch.cumprod(1.0 - self.betas(), dim=0).to(device=device, dtype=torch.float32)
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -1,0 +1,478 @@
+"""Models of the diffusers library: what they predict, how they are read, and that everything runs on them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import cloudpickle
+import gymnasium as gym
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import unlearn_gym  # noqa: F401
+from unlearn_gym.cli import COMMANDS
+from unlearn_gym.diffusion import ScheduleConfig, q_sample
+from unlearn_gym.errors import DataError, SettingsError, TaskError, WeightsError
+from unlearn_gym.models.diffusers_folder import SCHEDULES, WEIGHTS, read_config
+from unlearn_gym.models.diffusers_unet import (
+    PREDICTION_TYPES,
+    DiffusersConfig,
+    published_siss_network,
+)
+from unlearn_gym.models.weights import read_tensors, save_weights
+from unlearn_gym.run import UnlearningRun
+from unlearn_gym.settings import RunSettings
+from unlearn_gym.tasks import Task, TaskData, get_task, load_data, register_task
+from unlearn_gym.tasks.diffusers_pipeline import diffusers_task
+
+from .test_run import plain_update
+
+diffusers = pytest.importorskip("diffusers")
+
+TINY = {
+    "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16), "norm_num_groups": 4,
+    "layers_per_block": 1, "attention_head_dim": 4,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}  # fmt: skip
+ATTENDING = TINY | {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 8,
+}  # fmt: skip
+T = 50
+
+
+def images(count, bright, seed):
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randint(0, 100, (count, 1, 8, 8), generator=generator)
+    return (noise + 150 * bright).to(torch.uint8)
+
+
+def load_unlabelled(data_root, download):
+    return TaskData(images(64, 0, 0), images(16, 1, 1), images(64, 0, 2))
+
+
+def load_labelled(data_root, download):
+    zeros, ones = torch.zeros(64, dtype=torch.long), torch.ones(16, dtype=torch.long)
+    return TaskData(images(64, 0, 0), images(16, 1, 1), images(64, 0, 2), zeros, ones, zeros)
+
+
+def save_pipeline(folder, arguments=TINY, kind="UNet2DModel", seed=0, **scheduler) -> Path:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = getattr(diffusers, kind)(**arguments)
+    noise = diffusers.DDPMScheduler(**{"num_train_timesteps": T, **scheduler})
+    diffusers.DDPMPipeline(unet, noise).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    return save_pipeline(tmp_path_factory.mktemp("pipeline") / "tiny")
+
+
+@pytest.fixture
+def pipeline(saved, tmp_path) -> Path:
+    """A copy to be changed."""
+    return Path(shutil.copytree(saved, tmp_path / "pipeline"))
+
+
+def edit(path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+class Direct(nn.Module):
+    """The library's model as a plain training loop calls it, its output solved for the noise."""
+
+    def __init__(self, folder, kind):
+        super().__init__()
+        self.unet = getattr(diffusers, kind).from_pretrained(folder / "unet", use_safetensors=True)
+        self.scheduler = diffusers.DDPMScheduler.from_pretrained(folder / "scheduler")
+        self.table = None
+
+    def forward(self, x_t, timesteps, labels=None):
+        if self.table is not None:
+            out = self.unet(x_t, timesteps, encoder_hidden_states=self.table(labels)[:, None]).sample
+        else:
+            out = self.unet(x_t, timesteps, class_labels=labels).sample
+        a = self.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        match self.scheduler.config.prediction_type:
+            case "v_prediction":
+                return a.sqrt() * out + (1 - a).sqrt() * x_t
+            case "sample":
+                return (x_t - a.sqrt() * out) / (1 - a).sqrt()
+            case _:
+                return out
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("steps", [T, 1000])
+def test_schedules_are_those_of_the_library(name, steps):
+    ends = {} if name == "squaredcos_cap_v2" else {"beta_start": 0.00085, "beta_end": 0.012}
+    ours = ScheduleConfig(kind=SCHEDULES[name], num_train_timesteps=steps, **ends).alphas_cumprod()
+    theirs = diffusers.DDPMScheduler(steps, beta_schedule=name, **ends).alphas_cumprod
+    torch.testing.assert_close(ours, theirs, rtol=5e-5, atol=0)  # theirs is accumulated in float32
+    torch.testing.assert_close(1 - ours, 1 - theirs, rtol=1e-3, atol=0)
+
+
+def test_a_linear_schedule_is_written_as_before_there_were_others():
+    assert ScheduleConfig().model_dump() == {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
+    for kind in SCHEDULES.values():
+        config = ScheduleConfig(kind=kind)
+        assert ScheduleConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def output_of(prediction_type, x_0, noise, alpha_bars):
+    a = alpha_bars.view(-1, 1, 1, 1)
+    v = a.sqrt() * noise - (1 - a).sqrt() * x_0
+    return {"epsilon": noise, "v_prediction": v, "sample": x_0}[prediction_type]
+
+
+@pytest.mark.parametrize("kind", SCHEDULES.values())
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_a_denoiser_predicts_the_same_noise_in_every_parametrisation(kind, prediction_type):
+    generator = torch.Generator().manual_seed(0)
+    schedule = ScheduleConfig(kind=kind)
+    alphas_cumprod, timesteps = schedule.alphas_cumprod(), torch.tensor([0, 1, 20, 500, 998, 999])
+    x_0, noise = (torch.randn((6, 1, 8, 8), generator=generator) for _ in range(2))
+    x_t = q_sample(x_0, noise, timesteps, alphas_cumprod)
+    config = DiffusersConfig(unet=TINY, prediction_type=prediction_type, schedule=schedule)
+    network = config()
+    network.unet.forward = lambda x, t, **_: (output_of(prediction_type, x_0, noise, alphas_cumprod[t]),)
+    found = network(x_t, timesteps)
+    torch.testing.assert_close(found, noise, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("labels", ["none", "class_labels", "cross-attention"])
+def test_an_update_equals_a_plain_loop_over_the_library_s_own_model(tmp_path, prediction_type, labels):
+    kind = "UNet2DConditionModel" if labels == "cross-attention" else "UNet2DModel"
+    arguments = ATTENDING if labels == "cross-attention" else TINY
+    if labels == "class_labels":
+        arguments = arguments | {"num_class_embeds": 2}
+    folder = save_pipeline(tmp_path / "pipeline", arguments, kind, prediction_type=prediction_type)
+    direct, embedding = Direct(folder, kind), None
+    if labels == "cross-attention":
+        direct.table, embedding = nn.Embedding(2, 8), tmp_path / "table.safetensors"
+        save_file(direct.table.state_dict(), embedding)
+    load = load_unlabelled if labels == "none" else load_labelled
+    task = diffusers_task("plain", folder, load, tmp_path / "assets", class_embedding=embedding)
+    settings = RunSettings(optimizer="sgd", learning_rate=0.01, batch_size=16)
+    run = UnlearningRun(task.pretrained_model(), load_data(task), task.schedule.alphas_cumprod(), settings, seed=3)
+    optimizer, generator = torch.optim.SGD(direct.parameters(), lr=0.01), torch.Generator().manual_seed(3)
+    before = run.flat.vector.detach().clone()
+    for lambda_ in (0.4, 0.6):
+        plain_update(direct, optimizer, run, generator, lambda_, settings)
+        run.update(lambda_)
+    assert not torch.equal(run.flat.vector, before)
+    found = dict(run.model.named_parameters())
+    for name, expected in direct.unet.named_parameters():
+        torch.testing.assert_close(found[f"unet.{name}"], expected, rtol=1e-3, atol=2e-5)
+    if direct.table is not None:
+        torch.testing.assert_close(found["class_embedding.weight"], direct.table.weight, rtol=1e-3, atol=2e-5)
+
+
+def test_a_call_without_labels_attends_to_zeros_and_one_with_labels_to_their_rows():
+    network = DiffusersConfig(architecture="UNet2DConditionModel", unet=ATTENDING, num_classes=3)().eval()
+    x, t = torch.randn((2, 1, 8, 8), generator=torch.Generator().manual_seed(0)), torch.tensor([3, 700])
+    plain = network(x, t)
+    assert not torch.allclose(plain, network(x, t, torch.tensor([0, 2])))
+    with torch.no_grad():
+        network.class_embedding.weight.zero_()
+    assert torch.equal(plain, network(x, t, torch.tensor([0, 2])))
+
+
+@pytest.mark.parametrize("arguments", [TINY | {"out_channels": 2}, TINY | {"out_channels": 2, "dropout": 0.5}])
+def test_variances_are_cut_off_and_dropout_draws_nothing(arguments):
+    network = DiffusersConfig(unet=arguments, learned_variance=True)().train()
+    x, t = torch.randn((2, 1, 8, 8), generator=torch.Generator().manual_seed(0)), torch.tensor([3, 700])
+    assert torch.equal(network(x, t), network.unet(x, t).sample[:, :1])
+
+
+@pytest.mark.parametrize("num_class_embeds", [None, 11])
+def test_the_published_network_takes_a_step(num_class_embeds):
+    config = published_siss_network(num_class_embeds)
+    labels = None if num_class_embeds is None else torch.zeros(4, dtype=torch.long)
+    sets = [torch.full((4, 1, 28, 28), value, dtype=torch.uint8) for value in (0, 255, 10)]
+    data = TaskData(*sets, *[labels] * 3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = config()
+    run = UnlearningRun(
+        model, data, config.schedule.alphas_cumprod(), RunSettings(batch_size=2, forget_grad_rule="loss")
+    )
+    assert len(run.flat.vector) == sum(p.numel() for p in model.parameters()) > 14e6
+    before = run.flat.vector.detach().clone()
+    terms = run.update(0.5)
+    assert not terms.diverged
+    assert torch.isfinite(run.flat.vector).all()
+    assert not torch.equal(run.flat.vector, before)
+
+
+def test_configs_and_tasks_are_values(saved, tmp_path):
+    config = read_config(saved)
+    assert pickle.loads(pickle.dumps(config)) == config == DiffusersConfig.model_validate(config.model_dump())
+    assert hash(config) == hash(config.model_copy())
+    assert config != config.model_copy(update={"prediction_type": "sample"})
+    task = diffusers_task("value", saved, load_unlabelled, tmp_path)
+    assert (
+        cloudpickle.loads(cloudpickle.dumps(task)) == task == diffusers_task("value", saved, load_unlabelled, tmp_path)
+    )
+
+
+@pytest.fixture(scope="module")
+def task(saved, tmp_path_factory) -> Task:
+    """Registered, with its oracle and constants made by the commands."""
+    assets = tmp_path_factory.mktemp("assets")
+    register_task(diffusers_task("tiny-diffusers", saved, load_unlabelled, assets, settings=RunSettings(batch_size=4)))
+    COMMANDS["pretrain"]("tiny-diffusers", retain_only=True, updates=2, batch_size=4, out=assets)
+    COMMANDS["calibrate"]("tiny-diffusers", num_batches=64)
+    return get_task("tiny-diffusers")
+
+
+def test_an_environment_steps_and_comes_back_to_a_snapshot(task):
+    env = gym.make("SISSUnlearn-v0", task=task.name, horizon=4).unwrapped
+    assert env.observation_space.contains(env.reset(seed=0)[0])
+    env.step([0.5])
+    snapshot = env.run.snapshot()
+    terms, vector = env.run.update(0.3), env.run.flat.vector.detach().clone()
+    env.run.restore(snapshot)
+    assert env.run.update(0.3).as_dict()["siss_loss"] == terms.siss_loss
+    assert torch.equal(env.run.flat.vector, vector)
+    copied = copy.deepcopy(env.run)
+    assert copied.update(0.5).siss_loss == env.run.update(0.5).siss_loss
+    assert task.constants.unseen_forget_loss > 0
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_runs_of_it_can_be_stacked(task):
+    vector = gym.make_vec("SISSUnlearn-v0", num_envs=2, task=task.name, horizon=4, backend="stacked")
+    env = gym.make("SISSUnlearn-v0", task=task.name, horizon=4)
+    vector.reset(seed=0), env.reset(seed=0)
+    rewards, reward = vector.step([[0.5], [0.2]])[1], env.step([0.5])[1]
+    assert rewards[0] == pytest.approx(reward, rel=1e-3)
+    vector.close()
+
+
+def test_a_comparison_runs_on_it(task, tmp_path):
+    from unlearn_gym.evaluation.comparison import Comparison, run_comparison
+    from unlearn_gym.evaluation.judge import EvaluationSettings
+
+    comparison = Comparison(task.name, ("static:0.5",), (0,), {"horizon": 3}, EvaluationSettings(16, 200))
+    results = run_comparison(comparison, tmp_path)
+    assert {cell["policy"] for cell in results.cells} == {"untouched", "oracle", "static:0.5"}
+    assert results.values("static:0.5", "forget_loss")[0] > 0
+
+
+def test_the_unlearned_network_goes_back_into_its_pipeline(task, pipeline):
+    env = gym.make("SISSUnlearn-v0", task=task.name, horizon=4).unwrapped
+    env.reset(seed=0)
+    env.step([0.5])
+    save_weights(pipeline / WEIGHTS, env.run.model.unet.state_dict())
+    again = diffusers.DDPMPipeline.from_pretrained(pipeline, use_safetensors=True).unet
+    x, t = torch.randn((2, 1, 8, 8), generator=torch.Generator().manual_seed(0)), torch.tensor([3, 40])
+    torch.testing.assert_close(again(x, t).sample, env.run.model(x, t), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_are_imported_once_and_again_when_they_change(pipeline, tmp_path):
+    assets = tmp_path / "assets"
+    task = diffusers_task("twice", pipeline, load_unlabelled, assets)
+    written = task.pretrained_path.stat().st_mtime_ns
+    (assets / "constants.json").write_text("{}")
+    assert diffusers_task("twice", pipeline, load_unlabelled, assets) == task
+    assert task.pretrained_path.stat().st_mtime_ns == written
+    assert (assets / "constants.json").is_file()
+    save_pipeline(pipeline, seed=1)
+    assert diffusers_task("twice", pipeline, load_unlabelled, assets) == task
+    assert not (assets / "constants.json").is_file()  # they were those of the former weights
+    expected = read_tensors(pipeline / WEIGHTS)
+    assert all(torch.equal(v, expected[k.removeprefix("unet.")]) for k, v in read_tensors(task.pretrained_path).items())
+    task.pretrained_path.write_bytes(b"damaged")
+    diffusers_task("twice", pipeline, load_unlabelled, assets).pretrained_model()
+
+
+def test_reading_a_pipeline_asks_nobody(pipeline, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    (pipeline / "unet" / "unet.py").write_text("raise AssertionError('code ran')")
+    diffusers_task("alone", pipeline, load_unlabelled, tmp_path / "assets").pretrained_model()
+
+
+def test_an_import_overwrites_nothing_of_another_origin(pipeline, tmp_path):
+    diffusers_task("one", pipeline, load_unlabelled, tmp_path / "assets")
+    edit(pipeline / "scheduler/scheduler_config.json", prediction_type="sample")
+    with pytest.raises(WeightsError, match=r"holds the weights of another network; choose another folder"):
+        diffusers_task("other", pipeline, load_unlabelled, tmp_path / "assets")
+    trained = tmp_path / "trained"
+    save_weights(trained / "pretrained.safetensors", {"mine": torch.zeros(1)})
+    with pytest.raises(WeightsError, match=r"was not imported from a pipeline; choose another folder"):
+        diffusers_task("mine", pipeline, load_unlabelled, trained)
+    assert set(read_tensors(trained / "pretrained.safetensors")) == {"mine"}
+
+
+def test_a_config_without_weights_is_trained_from_scratch(tmp_path):
+    config = DiffusersConfig(unet=TINY, schedule=ScheduleConfig(num_train_timesteps=T, kind="cosine"))
+    task = diffusers_task("scratch", config, load_unlabelled, tmp_path)
+    register_task(task)
+    with pytest.raises(WeightsError, match="no weights at"):
+        task.pretrained_model()
+    COMMANDS["pretrain"]("scratch", updates=2, batch_size=4, out=tmp_path)
+    assert json.loads((tmp_path / "pretrained.json").read_text())["schedule"]["kind"] == "cosine"
+    gym.make("SISSUnlearn-v0", task="scratch", normalize_features=False).reset(seed=0)
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json", WEIGHTS])
+@pytest.mark.parametrize("damage", ["missing", "garbage", "list"])
+def test_missing_and_damaged_files_are_named(pipeline, tmp_path, name, damage):
+    if damage == "missing":
+        (pipeline / name).unlink()
+    else:
+        (pipeline / name).write_text({"garbage": '{"a": NaN', "list": "[1]"}[damage])
+    with pytest.raises(WeightsError, match=re.escape(name)) as caught:
+        diffusers_task("bad", pipeline, load_unlabelled, tmp_path / "assets")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "assets").exists()
+
+
+def test_pickled_weights_are_refused(pipeline, tmp_path):
+    (pipeline / WEIGHTS).rename((pipeline / WEIGHTS).with_suffix(".bin"))
+    with pytest.raises(WeightsError, match=r"model\.bin is a pickle.*safe_serialization=True"):
+        diffusers_task("pickle", pipeline, load_unlabelled, tmp_path / "assets")
+
+
+BAD = [
+    ("model_index.json", {"vae": ["diffusers", "AutoencoderKL"]}, "has a 'vae' besides its U-Net"),
+    ("model_index.json", {"unet": ["pipeline", "MyUNet"]}, "is no class of diffusers, and code of others is not run"),
+    ("unet/config.json", {"_class_name": "UNet3DConditionModel"}, "'UNet3DConditionModel' is not supported; it must"),
+    ("unet/config.json", {"_class_name": ["x"]}, "is not supported; it must be UNet2DModel or"),
+    ("unet/config.json", {"colour": "blue"}, "cannot build the UNet2DModel .*'colour'.*mend it"),
+    ("unet/config.json", {"block_out_channels": [8]}, "cannot build the UNet2DModel"),
+    ("unet/config.json", {"norm_num_groups": 0}, "cannot build the UNet2DModel"),
+    ("unet/config.json", {"time_embedding_type": "fourier"}, "time_embedding_type='fourier' is not supported; it must"),
+    ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type='timestep' is not supported; it must be"),
+    ("unet/config.json", {"out_channels": 2}, "in_channels=1 and out_channels=2; they must agree"),
+    ("scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "'FlowMatch.*must have"),
+    ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid' is not supported"),
+    ("scheduler/scheduler_config.json", {"beta_schedule": {}}, "beta_schedule={} is not supported"),
+    ("scheduler/scheduler_config.json", {"trained_betas": [0.1] * 50}, "trained_betas=.*is not supported; the model"),
+    ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True is not"),
+    ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type='flow' is not supported"),
+    ("scheduler/scheduler_config.json", {"beta_end": 3}, "beta_end=3: .*less than 1; restore it"),
+    ("scheduler/scheduler_config.json", {"num_train_timesteps": "many"}, "num_train_timesteps='many': .*restore it"),
+    (
+        "scheduler/scheduler_config.json",
+        {"beta_end": 0.999, "num_train_timesteps": 1000},
+        "ᾱ reaches 0 in float32 and must stay between 0 and 1",
+    ),
+    ("scheduler/scheduler_config.json", {"beta_start": 1e-9}, "ᾱ reaches 1 in float32 and must stay between 0 and 1"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), BAD)
+def test_what_is_not_supported_is_named_before_anything_is_written(pipeline, tmp_path, name, changes, message):
+    edit(pipeline / name, **changes)
+    with pytest.raises(SettingsError, match=message) as caught:
+        diffusers_task("bad", pipeline, load_unlabelled, tmp_path / "assets")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "assets").exists()
+
+
+TWO_WIDTHS = {"architecture": "UNet2DConditionModel", "unet": ATTENDING | {"cross_attention_dim": [8, 8]}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_classes": 2}, "num_classes=2 embeds labels for the cross-attention"),
+        (TWO_WIDTHS, "must be one number"),
+        ({"unet": {"f": load_labelled}}, "must hold what JSON knows"),
+    ],
+)
+def test_configs_that_cannot_be_served_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        DiffusersConfig(**({"unet": TINY} | change))()
+
+
+def test_weights_of_another_network_are_refused(pipeline, tmp_path):
+    edit(pipeline / "unet/config.json", block_out_channels=[8, 24])
+    with pytest.raises(WeightsError, match="made for another network"):
+        diffusers_task("other", pipeline, load_unlabelled, tmp_path / "assets")
+    assert not (tmp_path / "assets").exists()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [(None, "no class embedding at"), ({"a": torch.zeros(2)}, "must hold one tensor 'weight'"),
+     ({"weight": torch.zeros(2, 5)}, "has shape")],
+)  # fmt: skip
+def test_bad_class_embeddings_are_refused(tmp_path, tensors, message):
+    folder = save_pipeline(tmp_path / "pipeline", ATTENDING, "UNet2DConditionModel")
+    if tensors is not None:
+        save_file(tensors, tmp_path / "table.safetensors")
+    with pytest.raises(WeightsError, match=message):
+        diffusers_task("bad", folder, load_labelled, tmp_path / "a", class_embedding=tmp_path / "table.safetensors")
+    with pytest.raises(SettingsError, match="give the config num_classes"):
+        diffusers_task("bad", DiffusersConfig(unet=TINY), load_labelled, tmp_path / "a", class_embedding="x")
+
+
+def load_points(data_root, download):
+    return TaskData(*[torch.zeros(4, 2)] * 3)
+
+
+def load_odd(data_root, download):
+    return TaskData(*[torch.zeros(4, 1, 7, 8)] * 3)
+
+
+@pytest.mark.parametrize(
+    ("labels", "load", "message"),
+    [
+        (None, load_points, r"shape \(2,\), the network takes \(1, H, W\)"),
+        (None, load_odd, "multiples of 2; convert or pad"),
+        (None, load_labelled, "the network takes none; leave them out"),
+        (2, load_unlabelled, r"the network needs them in 0\.\.1; add them"),
+        (1, load_labelled, r"labels lie in 1\.\.1, the network knows 0\.\.0"),
+    ],
+)
+def test_data_that_does_not_fit_is_named_before_a_run_begins(tmp_path, labels, load, message):
+    config = DiffusersConfig(unet=TINY | {"num_class_embeds": labels})
+    with pytest.raises(DataError, match=message):
+        load_data(diffusers_task("unfit", config, load, tmp_path))
+
+
+def test_the_page_of_the_documentation_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).resolve().parent.parent / "docs" / "diffusers.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    with torch.random.fork_rng(devices=[]):
+        for block in blocks:
+            exec(compile(block, page.name, "exec"), {"__name__": "block"})
+    assert len(blocks) == 2
+    assert (tmp_path / "assets" / "mine" / "oracle.safetensors").is_file()
+
+
+def test_a_missing_library_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(SettingsError, match=r"pip install 'unlearn_gym\[diffusers\]'"):
+        DiffusersConfig(unet=TINY)()
+
+
+def test_nothing_loads_the_library_before_it_is_needed():
+    code = "import sys, unlearn_gym.tasks.diffusers_pipeline; print('diffusers' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+
+
+def test_a_task_without_constants_says_so(saved, tmp_path):
+    with pytest.raises(TaskError, match="calibrate --task bare"):
+        _ = diffusers_task("bare", saved, load_unlabelled, tmp_path).constants
