@@ -16,6 +16,7 @@ from torch import Tensor
 from unlearn_gym.envs.features import FEATURE_CLIP, ExtendedFeatures
 from unlearn_gym.errors import ActionError, SettingsError
 from unlearn_gym.instances import Instance, load_instances
+from unlearn_gym.objectives import get_objective
 from unlearn_gym.run import Snapshot, UnlearningRun
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.step import FEATURES, StepTerms
@@ -178,6 +179,7 @@ there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samp
         task = get_task(instance.task)
         task.check_pretrained()  # before its data, which may be large
         s = instance.settings(task, self._options)
+        get_objective(task.family.name, s.objective)
         if s.reward == "potential" and s.potential_cap is None:
             task.unseen_forget_loss  # noqa: B018 - raises where it is not known
         return task, s, instance.data(load_data(task, self._data_root, download=self._download))

@@ -151,6 +151,36 @@ METRICS = (
         "Song et al. (2021), eq. 39", "the same of held-out retain data",
     ),
     Metric(
+        "nll_elbo_forget", "NLL (ELBO), forget", places(3), "oracle", "bits/dim", "1 a sample",
+        "Kingma and Welling (2014)", "negative evidence lower bound of the forget set under a VAE, from one latent",
+    ),
+    Metric(
+        "nll_elbo_retain", "NLL (ELBO), retain", places(3), "lower", "bits/dim", "1 a sample",
+        "Kingma and Welling (2014)", "the same of held-out retain data",
+    ),
+    Metric(
+        "nll_iw_forget", "NLL (IW), forget", places(3), "oracle", "bits/dim", "50 a sample",
+        "Burda et al. (2016), eq. 8",
+        "importance-weighted bound of the forget set's negative log-likelihood under a VAE, 50 latents",
+    ),
+    Metric(
+        "nll_iw_retain", "NLL (IW), retain", places(3), "lower", "bits/dim", "50 a sample",
+        "Burda et al. (2016), eq. 8",
+        "the same of held-out retain data",
+    ),
+    Metric(
+        "multi_step_forget_rate", "forget rate, many steps", share, "lower", "0 to 1", FROM_SAMPLES, "–",
+        "the forget rate of samples that a one-step generator's fake network draws in many steps",
+    ),
+    Metric(
+        "multi_step_kid", "KID, many steps", places(2), "lower", "about ≥ 0", FROM_QUALITY, "Bińkowski et al. (2018)",
+        "KID (features) of such samples",
+    ),
+    Metric(
+        "multi_step_accuracy", "class accuracy, many steps", share, "higher", "0 to 1", FROM_QUALITY, "–",
+        "class accuracy of such samples",
+    ),
+    Metric(
         "inception_fid", "FID (Inception)", places(2), "lower", "≥ 0", FROM_QUALITY, "Heusel et al. (2017)",
         "Fréchet distance of Inception features to held-out retain data, where the user has torch-fidelity's weights",
     ),

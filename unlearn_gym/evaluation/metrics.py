@@ -34,12 +34,23 @@ from unlearn_gym.evaluation.quality import (
     ssim,
     total_variation,
 )
-from unlearn_gym.families import family_of
+from unlearn_gym.evaluation.vae_likelihood import importance_weighted_nll
+from unlearn_gym.families import FAMILIES, family_of
 from unlearn_gym.tasks import Task, TaskData, to_model_range
 from unlearn_gym.tasks.probe import probe_grid
 
 PROBE_SIZE = 100
 """Samples of each set for reconstructions and for differences of noise predictions."""
+
+LIKELIHOODS: dict[str, dict[str, Callable[..., Tensor]]] = {
+    "diffusion": {"bound": variational_bound, "ode": ode_nll},
+    "generator": {"bound": variational_bound, "ode": ode_nll},
+    "vae": {
+        "elbo": lambda *args, alphas_cumprod, **options: importance_weighted_nll(*args, num_importance=1, **options),
+        "iw": lambda *args, alphas_cumprod, **options: importance_weighted_nll(*args, **options),
+    },
+}
+"""What ``nll_*_forget`` and ``nll_*_retain`` are computed by, for each family."""
 
 
 @dataclass
@@ -127,6 +138,8 @@ class Evaluator:
             return Evaluation(figures.values, figures.missing("the samples are not finite"), profile, finite=False)
         self._quality(quality, figures)
         is_forget = self._forgetting(forget, figures)
+        if family_of(model).name == "generator":
+            self._in_many_steps(model, figures)
         absent = figures.missing("not for this kind of task")
         return Evaluation(figures.values, absent, profile, forget.samples, quality.samples, is_forget)
 
@@ -192,8 +205,7 @@ class Evaluator:
 
     def _likelihoods(self, model: nn.Module, figures: Figures) -> None:
         n, data, device = self.settings.num_likelihood_samples, self.data, next(model.parameters()).device
-        methods: dict[str, Callable[..., Tensor]] = {"bound": variational_bound, "ode": ode_nll}
-        for method, compute in methods.items():
+        for method, compute in LIKELIHOODS[family_of(model).name].items():
             for name, samples, labels in (
                 ("forget", data.forget, data.forget_labels), ("retain", data.heldout, data.heldout_labels)
             ):  # fmt: skip
@@ -203,12 +215,24 @@ class Evaluator:
                     continue
                 with figures.trying(key):
                     bits = compute(
-                        model, to_model_range(samples[:n]).to(device), self.alphas_cumprod.to(device),
+                        model, to_model_range(samples[:n]).to(device), alphas_cumprod=self.alphas_cumprod.to(device),
                         labels=None if labels is None else labels[:n].to(device),
                         generator=torch.Generator(device).manual_seed(self.settings.seed),
                         num_levels=256 if samples.dtype == torch.uint8 else None,
                     )  # fmt: skip
                     figures.add(key, bits.mean().item())
+
+    def _in_many_steps(self, model: nn.Module, figures: Figures) -> None:
+        """Samples of a one-step generator's fake network, as of any diffusion model."""
+        judge, s, many = self.judge, self.settings, FAMILIES["diffusion"]
+        labels = judge.quality_labels()
+        quality = judge.draw(model, labels, s.num_quality_samples, s.seed, family=many)
+        forget = judge.draw(model, judge.forget_labels(), s.num_forget_samples, s.seed + 1, family=many)
+        figures.add("multi_step_forget_rate", judge.are_forget_classes(forget.classes).float().mean().item())
+        with figures.trying("multi_step_kid"):
+            figures.add("multi_step_kid", kid(quality.features, judge.reference.features))
+        if labels is not None:
+            figures.add("multi_step_accuracy", (quality.classes == labels).float().mean().item())
 
     def _quality(self, drawn: Judged, figures: Figures) -> None:
         """Metrics of samples of the labels to retain, or of all samples of an unconditional model."""
