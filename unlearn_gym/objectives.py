@@ -56,14 +56,12 @@ class Objective:
         """σ."""
         return -1.0 if self.learns_target else 1.0
 
-    def own_rows(self, count: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """Indices of the rows with a retain and of those with a forget weight, where the objective fixes them."""
-        rows = torch.arange(count, device=device)
-        if self.rows == "both":
-            return rows[: count // 2], rows[count // 2 :]
+    def own_rows(self, count: int) -> tuple[slice, slice] | None:
+        """The rows with a retain and those with a forget weight, of ``count``, where the objective fixes them."""
         if self.rows == "mixture":
             return None
-        return (rows, rows[:0]) if self.rows == "retain" else (rows[:0], rows)
+        split = {"retain": count, "forget": 0, "both": count // 2}[self.rows]
+        return slice(split), slice(split, count)
 
     def lambda_gradients(
         self,
