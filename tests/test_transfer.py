@@ -66,7 +66,7 @@ def test_norms_are_the_default(estimator):
 
 def test_what_is_seen_decides_which_entries_matter():
     obs = np.linspace(-1, 1, 13)
-    seen = {"losses": {0, 1}, "norms": {0, 1, 2, 3}, "extended": {0, 1, 2, 3, *range(6, 13)}}
+    seen = {"losses": {0, 1}, "norms": {0, 1, 2, 3}, "extended": {0, 1, 2, 3, *range(6, 14)}}
     for features, expected in seen.items():
         spec = f"variational:pathwise:features={features}"
         start = first_lambda(spec, obs, EXTENDED)

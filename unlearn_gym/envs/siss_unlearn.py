@@ -77,17 +77,17 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     with ``normalize_features=False`` they are the raw values, in [0, ∞). They are what the previous update
     measured (with ``features="fresh"``: unweighted terms of a new batch, at about twice the cost). With
     ``grad_norms="every:k"`` there is a seventh entry in [0, 1): updates since both norms were measured, over k.
-    ``observation="extended"`` appends two groups (:class:`unlearn_gym.envs.features.ExtendedFeatures`), each 0 at
-    the start, measured on fixed samples and fixed noise, whatever ``normalize_features``:
+    ``observation="extended"`` appends the groups of :data:`unlearn_gym.envs.features.GROUPS`, each 0 at the start, in
+    [-5, 5], measured on fixed samples and fixed noise, whatever ``normalize_features``; ``observation_groups`` says
+    where each is. Cost: by what it multiplies the time of a step on a CPU.
 
-    | Entries | Observation | Min | Max | Cost of a step |
+    | group | entries | what | cost on ``gaussians-2d`` | cost on ``mnist-trousers`` |
     |---|---|---|---|---|
-    | 5 | forget loss in each fifth of the timesteps, as log(x / x at the start) | -5 | 5 | 40 samples forward |
-    | F | mean classifier features of 16 samples drawn now, less those at the start, over their standard deviation \
-there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samples forward 5 times, classifier |
-
-    Together they multiply the time of a step, on a CPU, by about 1.7 on ``gaussians-2d`` and 2.8 on
-    ``mnist-trousers``.
+    | ``bands`` | 5 | forget loss in each fifth of the timesteps, over 8 fixed samples each, as log(x / x at the \
+start) | 1.11 | 1.61 |
+    | ``samples`` | F | mean classifier features of 16 samples from fixed noise, less those at the start, over their \
+standard deviation there; F = 64 for MNIST, 2 for points, 0 without a classifier | 1.46 | 2.44 |
+    | ``distance`` | 1 | distance of the parameters from the start, as log(1 + 500 ‖θ − θ_0‖ / ‖θ_0‖) | 1.02 | 1.01 |
 
     ## Rewards
     ``reward="siss"``: ``-L_SISS(λ_t) - smoothness_coef (λ_t - λ_{t-1})²``, as the paper has it. At
@@ -206,6 +206,15 @@ there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samp
         )
 
     @property
+    def observation_groups(self) -> dict[str, slice]:
+        """Where each group of entries is in an observation: ``"paper"``, then what ``observation="extended"`` adds."""
+        start = len(self.observation_space.low) - self.observation_extra
+        groups = {"paper": slice(0, start)}
+        for name, group in () if self._extended is None else self._extended.groups.items():
+            groups[name] = slice(start, start := start + group.size)
+        return groups
+
+    @property
     def observation_extra(self) -> int:
         """How many entries ``observation="extended"`` adds at the observation's end; 0 without it."""
         return 0 if self._extended is None else self._extended.size
@@ -280,7 +289,7 @@ there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samp
         else:
             self._features = np.array([getattr(terms, name) for name in FEATURES])
         if self._extended is not None:
-            self._extra = self._extended.measure(self.run)
+            self._extra = self._extended.measure(self.run, self._start.vector)
 
     def _observation(self) -> NDArray[np.float32]:
         s, features = self.settings, self._features
