@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from unlearn_gym.benchmark import evaluation, growth, step, timing, vector
+from unlearn_gym.benchmark import evaluation, growth, objectives, observation, step, timing, vector
 from unlearn_gym.benchmark.field_loop import FieldLoop
 from unlearn_gym.benchmark.figures import Figure, markdown
 from unlearn_gym.benchmark.suite import figures_of, load, report, run_suite
+from unlearn_gym.envs.features import GROUPS
 from unlearn_gym.errors import SettingsError
+from unlearn_gym.objectives.epsilon import EPSILON_OBJECTIVES
 
 
 def flops(function) -> int:
@@ -29,6 +31,27 @@ def test_a_step_makes_one_forward_and_two_backward_passes_and_no_other_network_a
     bare = flops(step.bare_passes(env))
     assert flops(lambda: env.step(0.5)) == bare
     assert flops(lambda: env.run.measure(0.5)) == bare
+
+
+@pytest.mark.parametrize("task", ["gaussians-2d", "mnist-trousers"])
+@pytest.mark.parametrize("name", EPSILON_OBJECTIVES)
+def test_an_update_of_an_objective_makes_its_own_passes_and_no_others(task, name):
+    env = step.make_env(task, "cpu", skip_zero_weights=False, **objectives.options_of(name))
+    assert flops(lambda: env.run.update(0.5)) == flops(objectives.bare_update(env))
+
+
+def test_objectives_are_compared_with_siss_and_groups_with_a_step_without():
+    found = {figure.name: figure for figure in objectives.objectives("gaussians-2d", "cpu", 3)}
+    assert len(found) == 1 + 2 * len(EPSILON_OBJECTIVES)
+    assert found["gaussians-2d, siss: update / update of siss, both as shipped"].value == 1.0
+    (goal,) = [figure for figure in found.values() if figure.goal is not None]
+    assert goal.value == max(figure.value for figure in found.values() if "all samples" in figure.name)
+    assert len(observation.groups("gaussians-2d", "cpu", 3)) == len(GROUPS) + 1
+
+
+def test_seconds_of_the_process_are_not_those_of_others():
+    turns = timing.take_turns({"sleep": lambda: time.sleep(0.01)}, 3, clock=timing.own_clock("cpu"))
+    assert turns.median("sleep") < 0.005
 
 
 def test_skipping_zero_weights_saves_arithmetic():
@@ -141,6 +164,6 @@ def test_the_suite_writes_what_it_prints_and_completes_what_is_there(tmp_path):
 
 
 def test_an_unknown_item_is_named(tmp_path):
-    with pytest.raises(SettingsError, match=r"unknown item '10'; items are 1 \(overhead"):
-        run_suite("gaussians-2d", tmp_path / "out", items=("10",))
+    with pytest.raises(SettingsError, match=r"unknown item '12'; items are 1 \(overhead"):
+        run_suite("gaussians-2d", tmp_path / "out", items=("12",))
     assert not (tmp_path / "out").exists()

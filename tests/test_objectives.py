@@ -182,6 +182,17 @@ def test_no_sample_is_shown_more_often_than_the_objective_needs(make_run, name):
 
 
 @pytest.mark.parametrize("task", ["gaussians-2d", "mnist-trousers"])
+@pytest.mark.parametrize("name", EPSILON_OBJECTIVES)
+def test_every_row_is_shown_once_and_both_terms_of_a_mixture_share_one_forward_pass(make_run, task, name):
+    run = make_run(task, skip_zero_weights=False, **options_of(name))
+    shown = []
+    run.model.register_forward_pre_hook(lambda _, inputs: shown.append(len(inputs[0])))
+    for _ in range(3):
+        run.update(0.5)
+    assert shown == [16] * (3 * ROWS[name][1] // 16)
+
+
+@pytest.mark.parametrize("task", ["gaussians-2d", "mnist-trousers"])
 @pytest.mark.parametrize("name", BASELINES)
 def test_stacked_runs_do_the_same(make_run, task, name):
     single = [make_run(task, seed=s, **options_of(name)) for s in (0, 1)]

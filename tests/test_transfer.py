@@ -16,7 +16,7 @@ from unlearn_gym.tasks import get_task
 
 from .test_policies import CONTEXT, info, play
 
-EXTENDED = PolicyContext("gaussians-2d", 0.1, 0.9, 60, observation_extra=7)
+EXTENDED = PolicyContext("gaussians-2d", 0.1, 0.9, 60, observation_extra=8)
 FROM = "variational:pathwise:0.1:features=losses:from=gaussians-2d:0,3"
 
 
@@ -65,12 +65,12 @@ def test_norms_are_the_default(estimator):
 
 
 def test_what_is_seen_decides_which_entries_matter():
-    obs = np.linspace(-1, 1, 13)
-    seen = {"losses": {0, 1}, "norms": {0, 1, 2, 3}, "extended": {0, 1, 2, 3, *range(6, 13)}}
+    obs = np.linspace(-1, 1, 14)
+    seen = {"losses": {0, 1}, "norms": {0, 1, 2, 3}, "extended": {0, 1, 2, 3, *range(6, 14)}}
     for features, expected in seen.items():
         spec = f"variational:pathwise:features={features}"
         start = first_lambda(spec, obs, EXTENDED)
-        changed = {i for i in range(13) if first_lambda(spec, obs + 0.5 * np.eye(13)[i], EXTENDED) != start}
+        changed = {i for i in range(14) if first_lambda(spec, obs + 0.5 * np.eye(14)[i], EXTENDED) != start}
         assert changed == expected
 
 
@@ -78,7 +78,7 @@ def test_what_is_seen_decides_which_entries_matter():
 def test_extended_features_are_the_observations_last(age):
     env = SISSUnlearnEnv("gaussians-2d", observation="extended", horizon=4, **age)
     policy = make_policy("variational:pathwise:features=extended", policy_context(env))
-    assert policy.network.net[0].in_features == 4 + env.observation_extra == 11
+    assert policy.network.net[0].in_features == 4 + env.observation_extra == 12
     assert len(run_episode(env, policy, seed=0).trace["lambda_"]) == 4
 
 
@@ -141,9 +141,9 @@ def test_training_runs_whole_episodes_at_the_tasks_own_settings():
 @pytest.mark.usefixtures("short_training")
 def test_extended_features_transfer_where_their_number_is_the_same():
     spec = "variational:pathwise:features=extended:from=gaussians-2d"
-    assert 0.1 <= first_lambda(spec, np.zeros(13), EXTENDED) <= 0.9
-    mnist = PolicyContext("mnist-trousers", 0.1, 0.9, 60, observation_extra=69)
-    with pytest.raises(PolicyError, match=r"are 11 values on 'gaussians-2d' and 73 in this .* use features=norms"):
+    assert 0.1 <= first_lambda(spec, np.zeros(14), EXTENDED) <= 0.9
+    mnist = PolicyContext("mnist-trousers", 0.1, 0.9, 60, observation_extra=70)
+    with pytest.raises(PolicyError, match=r"are 12 values on 'gaussians-2d' and 74 in this .* use features=norms"):
         make_policy(spec, mnist)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -204,7 +205,7 @@ class UnlearningRun:
         if isinstance(self.objective, OwnPasses):
             return self._own_passes(self.objective.passes(self.model, batch, value, self._context, learner))
         draw = self.objective.draw(batch, self.alphas_cumprod, value)
-        rows = self.objective.own_rows(len(draw.x_t), draw.x_t.device) or self._weighted_rows(draw.targets)
+        rows = self.objective.own_rows(len(draw.x_t)) or self._weighted_rows(draw.targets)
         terms = self._whole_passes(draw) if rows is None else self._split_passes(draw, rows)
         return Measured(terms, self._norms(terms), draw.from_forget)
 
@@ -239,12 +240,12 @@ class UnlearningRun:
         self._backward(epsilon_pred, forget_output_grad, self.forget_grad, self._forget_views, retain_graph=False)
         return terms
 
-    def _split_passes(self, draw: Draw, rows: tuple[Tensor, Tensor]) -> siss.SISSTerms:
+    def _split_passes(self, draw: Draw, rows: Sequence[slice | Tensor]) -> siss.SISSTerms:
         """A forward and a backward pass of each side's samples: one of zero weight has no gradient."""
         epsilon_pred, outputs = torch.empty_like(draw.x_t), []
         for index in rows:
-            labels = None if draw.labels is None else draw.labels[index]
-            outputs.append(self.model(draw.x_t[index], draw.timesteps[index], labels) if len(index) else None)
+            x_t, labels = draw.x_t[index], None if draw.labels is None else draw.labels[index]
+            outputs.append(self.model(x_t, draw.timesteps[index], labels) if len(x_t) else None)
             if outputs[-1] is not None:
                 epsilon_pred[index] = outputs[-1].detach()
         terms = self._terms(epsilon_pred, draw)

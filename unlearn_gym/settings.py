@@ -51,8 +51,9 @@ class RunSettings(BaseModel):
     (forget) weight is exactly 0 get no pass for the retain (forget) gradient, which they do not change; it pays
     where the network's cost grows with the batch and most weights are saturated, as labels that differ make them.
 
-    ``observation``: ``"extended"`` appends the forget loss over five bands of timesteps and mean classifier features
-    of a few samples to the paper's six entries; the environment's docstring has both groups and what they cost.
+    ``observation``: ``"extended"`` appends the forget loss over five bands of timesteps, mean classifier features of
+    a few samples and the parameters' distance from the start to the paper's six entries; the environment's docstring
+    has the groups and what each costs.
 
     Of VAEs alone: ``kl_coef`` and ``encoder_gradient`` (:mod:`unlearn_gym.objectives.latent`). Of ``objective="sfd"``
     alone: ``override_classes`` (default: the next kept class), ``score_alpha``, ``hybrid_coef`` and

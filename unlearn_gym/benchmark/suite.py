@@ -1,4 +1,4 @@
-"""The whole suite: items 1 to 9, their table, and the machine that they were measured on."""
+"""The whole suite: items 1 to 11, their table, and the machine that they were measured on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import joblib
 import torch
 
 import unlearn_gym
-from unlearn_gym.benchmark import evaluation, growth, step, tried, vector
+from unlearn_gym.benchmark import evaluation, growth, objectives, observation, step, tried, vector
 from unlearn_gym.benchmark.figures import Figure, markdown
 from unlearn_gym.errors import SettingsError
 from unlearn_gym.files import write_json
@@ -30,6 +30,8 @@ ITEMS = {
     "7": "reset and memory",
     "8": "growth",
     "9": "what was tried",
+    "10": "objectives against their arithmetic and against SISS",
+    "11": "groups of the extended observation",
 }
 QUICK_ITEMS = ("1", "2", "3", "4", "5", "6", "7")
 FAST_TASK = "gaussians-2d"
@@ -62,6 +64,11 @@ def measure_item(item: str, task: str, device: str, out: Path, *, quick: bool) -
             figures = step.reset(task, device, rounds) + vector.memory(task)
         case "8":
             figures, raw = growth.growth(task, device, 10, out)
+        case "10":
+            figures = objectives.objectives(task, device, rounds)
+            figures += objectives.objectives(FAST_TASK, device, 10 * rounds)
+        case "11":
+            figures = observation.groups(task, device, rounds) + observation.groups(FAST_TASK, device, 10 * rounds)
         case _:
             figures = tried.network_variants(task, device, rounds) + tried.optimizer_variants(task, device, rounds)
             figures += tried.backends(task, device, 3, 4) + tried.backends(FAST_TASK, device, 5, 100)
@@ -146,9 +153,13 @@ def load(folder: Path) -> dict[str, Any]:
     return result
 
 
+def _in_order(items: dict[str, Any]) -> list[tuple[str, Any]]:
+    return sorted(items.items(), key=lambda item: int(item[0]))
+
+
 def figures_of(result: dict[str, Any]) -> list[Figure]:
     """The figures of a stored result, item by item."""
-    stored = [row for _, item in sorted(result["items"].items()) for row in item["figures"]]
+    stored = [row for _, item in _in_order(result["items"]) for row in item["figures"]]
     return [Figure(**{k: v for k, v in row.items() if k != "verdict"}) for row in stored]
 
 
@@ -159,7 +170,7 @@ def goals_table(result: dict[str, Any]) -> str:
 
 def report(result: dict[str, Any]) -> str:
     """The suite's results as Markdown: where and how they were measured, and the table."""
-    machine, versions, items = result["machine"], result["versions"], sorted(result["items"].items())
+    machine, versions, items = result["machine"], result["versions"], _in_order(result["items"])
     commands = {item["command"]: [k for k, v in items if v["command"] == item["command"]] for _, item in items}
     made = "; ".join(f"items {', '.join(keys)} by `{command}`" for command, keys in commands.items())
     minutes = sum(item["seconds"] for _, item in items) / 60
@@ -167,6 +178,7 @@ def report(result: dict[str, Any]) -> str:
         f"{machine['processor']}, {machine['cores']} cores, torch {versions['torch']}, device {result['device']}, "
         f"{minutes:.0f} minutes: {made}.\n\n"
         "Times are medians over rounds in which everything that is compared ran in turn; a ratio is the median of the "
-        "rounds' own ratios, so it is not exactly the quotient of two medians.\n\n"
+        "rounds' own ratios, so it is not exactly the quotient of two medians. On a CPU, items 10 and 11 count what "
+        "one thread computed, whoever shared the machine.\n\n"
         f"{markdown(figures_of(result))}"
     )

@@ -30,6 +30,11 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def own_clock(device: str) -> Callable[[], float]:
+    """For one thread of a CPU the seconds that this process has computed, whoever shares the machine; else the time."""
+    return time.process_time if torch.device(device).type == "cpu" else time.perf_counter
+
+
 def repeated(function: Callable[[], Any], times: int) -> Callable[[], None]:
     """A function that calls ``function`` so many times: a turn long enough for caches and threads to be warm."""
 
@@ -57,16 +62,21 @@ class Turns:
 
 
 def take_turns(
-    functions: Mapping[str, Callable[[], Any]], rounds: int, *, device: str = "cpu", warmup: int = WARMUP
-) -> Turns:
-    """Run every function once in each of ``rounds`` rounds, after ``warmup`` rounds that do not count."""
+    functions: Mapping[str, Callable[[], Any]], rounds: int, *, device: str = "cpu", warmup: int = WARMUP,
+    clock: Callable[[], float] | None = None,
+) -> Turns:  # fmt: skip
+    """Run every function once in each of ``rounds`` rounds, after ``warmup`` rounds that do not count.
+
+    ``clock``: what the seconds are read from, by default the time that passes.
+    """
+    clock = clock or time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(rounds + warmup):
         for name, function in functions.items():
             synchronize(device)
-            started = time.perf_counter()
+            started = clock()
             function()
             synchronize(device)
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return Turns(seconds)

@@ -195,7 +195,8 @@ def bench(
         tuple[str, ...],
         tyro.conf.arg(
             help="default all: 1 overhead of a step, 2 against the published loop, 3 distance to the machine, 4 many "
-            "environments, 5 training overhead, 6 evaluation, 7 reset and memory, 8 growth, 9 what was tried"
+            "environments, 5 training overhead, 6 evaluation, 7 reset and memory, 8 growth, 9 what was tried, "
+            "10 objectives, 11 groups of the extended observation"
         ),
     ] = (),
     device: str = "cpu",

@@ -78,17 +78,18 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     with ``normalize_features=False`` they are the raw values, in [0, ∞). They are what the previous update
     measured (with ``features="fresh"``: unweighted terms of a new batch, at about twice the cost). With
     ``grad_norms="every:k"`` there is a seventh entry in [0, 1): updates since both norms were measured, over k.
-    ``observation="extended"`` appends two groups (:class:`unlearn_gym.envs.features.ExtendedFeatures`), each 0 at
-    the start, measured on fixed samples and fixed noise, whatever ``normalize_features``:
+    With ``hybrid_coef`` above 0 the next entry is the norm of the direct gradient over the retain gradient's, as a
+    logarithm in ±5. ``observation="extended"`` appends the groups of :data:`unlearn_gym.envs.features.GROUPS`, each 0
+    at the start, in [-5, 5], measured on fixed samples and fixed noise, whatever ``normalize_features``;
+    ``observation_groups`` says where each is. Cost: by what it multiplies the time of a step on a CPU.
 
-    | Entries | Observation | Min | Max | Cost of a step |
+    | group | entries | what | cost on ``gaussians-2d`` | cost on ``mnist-trousers`` |
     |---|---|---|---|---|
-    | 5 | forget loss in each fifth of the timesteps, as log(x / x at the start) | -5 | 5 | 40 samples forward |
-    | F | mean classifier features of 16 samples drawn now, less those at the start, over their standard deviation \
-there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samples forward 5 times, classifier |
-
-    Together they multiply the time of a step, on a CPU, by about 1.7 on ``gaussians-2d`` and 2.8 on
-    ``mnist-trousers``.
+    | ``bands`` | 5 | forget loss in each fifth of the timesteps, over 8 fixed samples each, as log(x / x at the \
+start) | 1.11 | 1.61 |
+    | ``samples`` | F | mean classifier features of 16 samples from fixed noise, less those at the start, over their \
+standard deviation there; F = 64 for MNIST, 2 for points, 0 without a classifier | 1.46 | 2.44 |
+    | ``distance`` | 1 | distance of the parameters from the start, as log(1 + 500 ‖θ − θ_0‖ / ‖θ_0‖) | 1.02 | 1.01 |
 
     ## Rewards
     ``reward="siss"``: ``-L_SISS(λ_t) - smoothness_coef (λ_t - λ_{t-1})²``, as the paper has it. At
@@ -153,7 +154,7 @@ there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samp
         self.history: list[StepTerms] = []
         self._features = np.zeros(len(FEATURES))
         self._extra = np.zeros(self.observation_extra)
-        self._norms_age = 0
+        self._norms_age, self._direct = 0, 0.0
         self._lambda = s.lambda_init
         self._potential = 0.0
 
@@ -200,13 +201,24 @@ there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samp
     def _make_observation_space(self, s: RunSettings, extra: int) -> spaces.Box:
         low, high = (-FEATURE_CLIP, FEATURE_CLIP) if s.normalize_features else (0.0, np.inf)
         age = [] if s.grad_norms == "exact" else [1.0]
+        direct = [FEATURE_CLIP] * (s.hybrid_coef > 0)
         added = [FEATURE_CLIP] * extra
         return spaces.Box(
             np.array(
-                [low] * len(FEATURES) + [s.lambda_min, 0.0] + [0.0] * len(age) + [-x for x in added], dtype=np.float32
+                [low] * len(FEATURES) + [s.lambda_min, 0.0] + [0.0] * len(age) + [-x for x in direct + added],
+                dtype=np.float32,
             ),
-            np.array([high] * len(FEATURES) + [s.lambda_max, 1.0] + age + added, dtype=np.float32),
+            np.array([high] * len(FEATURES) + [s.lambda_max, 1.0] + age + direct + added, dtype=np.float32),
         )
+
+    @property
+    def observation_groups(self) -> dict[str, slice]:
+        """Where each group of entries is in an observation: ``"paper"``, then what ``observation="extended"`` adds."""
+        start = len(self.observation_space.low) - self.observation_extra
+        groups = {"paper": slice(0, start)}
+        for name, group in () if self._extended is None else self._extended.groups.items():
+            groups[name] = slice(start, start := start + group.size)
+        return groups
 
     @property
     def observation_extra(self) -> int:
@@ -278,12 +290,14 @@ there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samp
     def _observe(self, terms: StepTerms) -> None:
         """Keep the features that the next observation shows."""
         self._norms_age = terms.norms_age
+        with np.errstate(divide="ignore", invalid="ignore"):
+            self._direct = float(np.log(np.float64(terms.direct_grad_norm) / terms.retain_grad_norm))
         if self.settings.features == "fresh":
             self._features = self.run.measure_unweighted()
         else:
             self._features = np.array([getattr(terms, name) for name in FEATURES])
         if self._extended is not None:
-            self._extra = self._extended.measure(self.run)
+            self._extra = self._extended.measure(self.run, self._start.vector)
 
     def _observation(self) -> NDArray[np.float32]:
         s, features = self.settings, self._features
@@ -292,7 +306,8 @@ there; F = 64 for MNIST, 2 for points, 0 without a classifier | -5 | 5 | 16 samp
             ratio = np.nan_to_num(features / self._scale, nan=np.inf)
             features = np.clip(np.log(np.maximum(ratio, tiny)), -FEATURE_CLIP, FEATURE_CLIP)
         age = [] if s.grad_norms == "exact" else [self._norms_age / s.norms_period]
-        values = np.array([*features, self._lambda, self.run.updates / s.horizon, *age, *self._extra])
+        direct = [self._direct] if s.hybrid_coef > 0 else []
+        values = np.array([*features, self._lambda, self.run.updates / s.horizon, *age, *direct, *self._extra])
         low, high = self.observation_space.low, self.observation_space.high
         finite = np.clip(np.nan_to_num(values), np.finfo(np.float32).min, np.finfo(np.float32).max)
         return np.clip(finite.astype(np.float32), low, high)

@@ -51,14 +51,12 @@ class EpsilonObjective(Objective):
     projects: bool = False
     extra: Literal["uniform", "neighbours"] | None = None
 
-    def own_rows(self, count: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """Indices of the rows with a retain and of those with a forget weight, where the objective fixes them."""
-        rows = torch.arange(count, device=device)
-        if self.rows == "both":
-            return rows[: count // 2], rows[count // 2 :]
+    def own_rows(self, count: int) -> tuple[slice, slice] | None:
+        """The rows with a retain and those with a forget weight, of ``count``, where the objective fixes them."""
         if self.rows == "mixture":
             return None
-        return (rows, rows[:0]) if self.rows == "retain" else (rows[:0], rows)
+        split = {"retain": count, "forget": 0, "both": count // 2}[self.rows]
+        return slice(split), slice(split, count)
 
     def prepare(self, data: TaskData, settings: RunSettings) -> Tensor | None:
         """Places ``(|F|, K)`` of each forget sample's nearest retain samples, where they are needed."""

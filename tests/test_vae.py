@@ -1,0 +1,298 @@
+"""The VAE, its bound, and SISS in its latent space: identities, unbiased gradients, plain loops."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+import unlearn_gym  # noqa: F401 - registers the environment
+from unlearn_gym.elbo import Posterior, negative_elbo
+from unlearn_gym.errors import SettingsError
+from unlearn_gym.evaluation.vae_likelihood import importance_weighted_nll
+from unlearn_gym.families import family_of
+from unlearn_gym.models import ConvVAE, VAEConfig
+from unlearn_gym.objectives import OBJECTIVES
+from unlearn_gym.objectives.latent import encode_pair, latent_weights
+from unlearn_gym.run import UnlearningRun
+from unlearn_gym.settings import RunSettings
+from unlearn_gym.siss import PairLabels
+from unlearn_gym.tasks import TaskData, get_task, load_data
+
+TINY = VAEConfig(image_size=8, channels=(8, 8), latent_dim=3, hidden_dim=16, num_classes=2, std=0.5)
+ALPHAS = torch.linspace(0.99, 0.01, 10)
+PLAIN = {"forget_grad_rule": "loss", "optimizer": "sgd", "learning_rate": 0.01, "max_grad_norm": None}
+
+
+def tiny_data(labels: bool = True) -> TaskData:
+    g = torch.Generator().manual_seed(0)
+    sets = {name: torch.rand(20, 1, 8, 8, generator=g) * 2 - 1 for name in ("retain", "forget", "heldout")}
+    if labels:
+        sets |= {f"{name}_labels": torch.randint(2, (20,), generator=g) for name in ("retain", "forget", "heldout")}
+    return TaskData(**sets)
+
+
+def tiny_run(*, labels: bool = True, seed: int = 0, **options) -> UnlearningRun:
+    torch.manual_seed(1)
+    model = ConvVAE(TINY if labels else TINY.model_copy(update={"num_classes": None}))
+    return UnlearningRun(model, tiny_data(labels), ALPHAS, RunSettings(**{**PLAIN, **options}), seed)
+
+
+def random_posterior(generator, size=50, dim=3, spread=1.0) -> Posterior:
+    return Posterior(*(spread * torch.randn(2, size, dim, generator=generator, dtype=torch.float64)))
+
+
+def test_the_posterior_is_torchs_gaussian():
+    g = torch.Generator().manual_seed(0)
+    posterior = random_posterior(g)
+    normal = Normal(posterior.mean, (0.5 * posterior.log_variance).exp())
+    z = posterior.draw(torch.randn(50, 3, generator=g, dtype=torch.float64))
+    torch.testing.assert_close(posterior.log_density(z), normal.log_prob(z).sum(1))
+    prior = Normal(torch.zeros(3, dtype=torch.float64), 1.0)
+    torch.testing.assert_close(posterior.divergence(), kl_divergence(normal, prior).sum(1))
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_weights_make_one_and_keep_their_bounds(lambda_):
+    g = torch.Generator().manual_seed(0)
+    retain, forget, value = random_posterior(g), random_posterior(g), torch.tensor(lambda_, dtype=torch.float64)
+    from_forget = torch.rand(50, generator=g) < lambda_
+    noise = torch.randn(50, 3, generator=g, dtype=torch.float64)
+    z = torch.where(from_forget[:, None], forget.draw(noise), retain.draw(noise))
+    w_r, w_f = latent_weights(z, retain, forget, value, None)
+    torch.testing.assert_close((1 - lambda_) * w_r + lambda_ * w_f, torch.ones_like(w_r))
+    if 0 < lambda_ < 1:
+        assert w_r.max() <= 1 / (1 - lambda_) + 1e-9
+        assert w_f.max() <= 1 / lambda_ + 1e-9
+    labels = PairLabels(*(torch.where(from_forget, 1, 0), torch.zeros(50).long(), torch.ones(50).long()))
+    w_r, w_f = latent_weights(z, retain, forget, value, labels)
+    assert torch.equal(w_r > 0, ~from_forget)
+    assert torch.equal(w_f > 0, from_forget)
+
+
+def test_weights_stay_finite_where_densities_vanish():
+    far = Posterior(torch.full((4, 3), 40.0), torch.full((4, 3), -9.0))
+    near = Posterior(torch.zeros(4, 3), torch.full((4, 3), -9.0))
+    w_r, w_f = latent_weights(near.draw(torch.zeros(4, 3)), near, far, torch.tensor(0.25), None)
+    torch.testing.assert_close(w_r, torch.full((4,), 1 / 0.75))
+    assert not w_f.any()
+
+
+def mean_gradients(objective: str, lambda_: float, batches: int = 150, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean over batches of both gradients, and the square of its standard error, for overlapping posteriors."""
+    run = tiny_run(objective=objective, batch_size=256, **options)
+    rows = []
+    for _ in range(batches):
+        run.measure(lambda_)
+        rows.append(torch.cat([run.retain_grad, run.forget_grad]).double().clone())
+    stacked = torch.stack(rows)
+    return stacked.mean(0), stacked.var(0) / len(stacked)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("encoder_gradient", ["full", "stopped"])
+@pytest.mark.parametrize("lambda_", [0.2, 0.6])
+def test_latent_siss_has_the_expected_gradient_of_each_sides_own_bound(lambda_, encoder_gradient, labels, monkeypatch):
+    """What justifies either version: full for encoder and decoder, stopped for the decoder, the encoder having none."""
+    options = {"encoder_gradient": encoder_gradient, "kl_coef": 0.7}
+    monkeypatch.setitem(globals(), "tiny_run", lambda **more: TINY_RUN(labels=labels, **more))
+    mixture, error = mean_gradients("siss", lambda_, **options)
+    plain, plain_error = mean_gradients("siss-no-is", lambda_, **options)
+    expected = (error + plain_error).sum()
+    assert (mixture - plain).square().sum() < 1.6 * expected
+    assert plain.square().sum() > 20 * expected
+
+
+TINY_RUN = tiny_run
+
+
+def test_posteriors_overlap_in_these_tests_so_that_weights_are_not_saturated():
+    run = tiny_run(labels=False, batch_size=64)
+    batch = run.draw(run.generator)
+    retain, forget = encode_pair(run.model, batch)
+    w_r, _ = latent_weights(retain.draw(batch.noise), retain, forget, torch.tensor(0.5), None)
+    assert 0.2 < w_r.min() < w_r.max() < 1.8
+
+
+def test_a_gradient_that_ignores_the_weights_dependence_on_the_encoder_is_biased():
+    """The unbiasedness test can fail: without the weights' own gradient the encoder's expectation is another one."""
+    plain, plain_error = mean_gradients("siss-no-is", 0.5)
+    run = tiny_run(batch_size=256)
+    rows = []
+    for _ in range(150):
+        batch = run.draw(run.measure_generator)
+        retain, forget = encode_pair(run.model, batch)
+        k = (batch.uniforms < 0.5)[:, None]
+        z = torch.where(k, forget.draw(batch.noise), retain.draw(batch.noise))
+        labels = PairLabels(torch.where(k[:, 0], batch.forget_labels, batch.retain_labels),
+                            batch.retain_labels, batch.forget_labels)  # fmt: skip
+        w_r, _ = (w.detach() for w in latent_weights(z, retain, forget, torch.tensor(0.5), labels))
+        mean = run.model.decode(z, labels.drawn)
+        error = (batch.retain - mean).square().flatten(1).sum(1) / (2 * 0.25) + retain.divergence()
+        loss = run.retain_coef * (w_r * error).mean() / 64
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(run.model.parameters()))]).double())
+    half = len(plain) // 2
+    difference = torch.stack(rows).mean(0) - plain[:half]
+    assert difference.square().sum() > 3 * (plain_error[:half].sum() + torch.stack(rows).var(0).sum() / 150)
+
+
+@pytest.mark.parametrize("encoder_gradient", ["full", "stopped"])
+def test_only_the_full_version_moves_the_encoder(encoder_gradient):
+    run = tiny_run(encoder_gradient=encoder_gradient)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.update(0.5)
+    moved = {name.split(".")[0] for name, p in run.model.named_parameters() if not torch.equal(p, before[name])}
+    decoder = {"expand", "decoder"}
+    assert moved == (decoder | {"encoder", "posterior"} if encoder_gradient == "full" else decoder)
+
+
+@pytest.mark.parametrize("name", ["siss-no-is", "naive", "neggrad"])
+def test_a_baselines_update_is_that_of_a_plain_loop_on_the_bound(name):
+    run = tiny_run(objective=name, seed=3, forget_scale=0.7, kl_coef=1.3)
+    model, generator = copy.deepcopy(run.model), torch.Generator().manual_seed(3)
+    for lambda_ in (0.2, 0.7):
+        batch = run.draw(generator)
+        parts = [
+            (sign * coef, negative_elbo(model, x, y, batch.noise, 1.3).mean())
+            for side, sign, coef, x, y in (
+                ("neggrad", 1.0, run.retain_coef, batch.retain, batch.retain_labels),
+                ("naive", -0.7, run.forget_coef, batch.forget, batch.forget_labels),
+            )
+            if name != side
+        ]
+        loss = sum(factor * value for factor, value in parts)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        terms = run.update(lambda_)
+        assert terms.siss_loss == pytest.approx(loss.item(), rel=1e-4)
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), gradients, strict=True):
+                p.sub_(0.01 * g)
+    for found, expected in zip(run.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_at_lambda_0_it_is_training_on_retain_data():
+    runs = [tiny_run(objective=name, forget_scale=0.0) for name in ("siss", "naive")]
+    for _ in range(3):
+        for run in runs:
+            run.update(0.0)
+    torch.testing.assert_close(runs[0].flat.vector, runs[1].flat.vector, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("rule", "factors"), [("siss", (2.0, 1.0)), ("inverse_size", (2.0, 2.0)), ("none", (1, 1))])
+def test_both_conventions_of_data_set_factors(rule, factors):
+    run, plain = tiny_run(dataset_factors=rule), tiny_run(dataset_factors="none")
+    found, expected = run.measure(0.5), plain.measure(0.5)
+    assert found.retain_loss == pytest.approx(factors[0] * expected.retain_loss, rel=1e-5)
+    assert found.forget_loss == pytest.approx(factors[1] * expected.forget_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("encoder_gradient", ["full", "stopped"])
+def test_restored_runs_and_every_k_measurements_continue_exactly(encoder_gradient):
+    run = tiny_run(encoder_gradient=encoder_gradient, optimizer="adamw", grad_norms="every:2")
+    run.update(0.3)
+    snapshot = run.snapshot()
+    first = [run.update(x) for x in (0.2, 0.8, 0.5)]
+    run.restore(snapshot)
+    again = [run.update(x) for x in (0.2, 0.8, 0.5)]
+    assert [t.siss_loss for t in first] == [t.siss_loss for t in again]
+
+
+def test_norms_measured_seldom_change_no_update():
+    runs = [tiny_run(grad_norms=value) for value in ("exact", "every:3")]
+    for lambda_ in (0.2, 0.5, 0.8, 0.3):
+        for run in runs:
+            run.update(lambda_)
+    torch.testing.assert_close(runs[0].flat.vector, runs[1].flat.vector, rtol=1e-5, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    task = get_task("vae-mnist-trousers")
+    return task, load_data(task), task.pretrained_model().eval()
+
+
+def test_the_importance_weighted_figure_is_the_bound_at_one_and_falls(shipped):
+    _, data, model = shipped
+    x, y = data.heldout[:64].float() / 127.5 - 1, data.heldout_labels[:64]
+    figures = [
+        importance_weighted_nll(
+            model, x, labels=y, generator=torch.Generator().manual_seed(0), num_importance=k
+        ).mean().item()
+        for k in (1, 10, 100)
+    ]  # fmt: skip
+    assert figures[0] > figures[1] > figures[2]
+
+
+def test_one_importance_sample_is_the_negative_bound_in_expectation():
+    torch.manual_seed(0)
+    model = ConvVAE(TINY)
+    x, y = torch.rand(200, 1, 8, 8) * 2 - 1, torch.randint(2, (200,))
+    found = importance_weighted_nll(
+        model, x, labels=y, generator=torch.Generator().manual_seed(0), num_importance=1, num_levels=None
+    )
+    noise = torch.randn(200, 3, generator=torch.Generator().manual_seed(1))
+    bound = negative_elbo(model, x, y, noise) + math.log(0.5) + 0.5 * math.log(2 * math.pi)
+    assert found.mean().item() == pytest.approx((bound / math.log(2)).mean().item(), abs=0.02)
+
+
+def test_grey_values_have_probabilities_that_sum_to_one():
+    class Fixed:
+        config = VAEConfig(latent_dim=1, std=0.3)
+
+        def encode(self, x, labels):
+            return torch.zeros(len(x), 1), torch.zeros(len(x), 1)
+
+        def decode(self, z, labels):
+            return torch.full((len(z), 1), 0.2)
+
+    greys = (torch.arange(256).float() / 127.5 - 1)[:, None]
+    bits = importance_weighted_nll(Fixed(), greys, generator=torch.Generator().manual_seed(0), num_importance=1)
+    assert (2.0**-bits).sum().item() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_the_environment_runs_it_with_the_same_observation_and_policies(shipped):
+    env = gym.make("SISSUnlearn-v0", task="vae-mnist-trousers", horizon=3, reward="potential")
+    obs, _ = env.reset(seed=0)
+    assert obs.shape == (6,)
+    for lambda_ in (0.2, 0.5, 0.8):
+        obs, reward, terminated, _, info = env.step(np.array([lambda_], dtype=np.float32))
+        assert np.isfinite(obs).all()
+        assert math.isfinite(reward)
+    assert terminated
+    assert info["terms"]["second_moment"].any()
+
+
+@pytest.mark.parametrize("name", sorted(set(RunSettings.model_fields["objective"].annotation.__args__)))
+def test_an_objective_of_another_family_is_refused_in_one_line(shipped, name):
+    if name in OBJECTIVES["vae"]:
+        gym.make("SISSUnlearn-v0", task="vae-mnist-trousers", objective=name, forget_grad_rule="loss")
+    else:
+        with pytest.raises(SettingsError, match=f"objective='{name}' is for models of the family") as caught:
+            gym.make("SISSUnlearn-v0", task="vae-mnist-trousers", objective=name)
+        assert "\n" not in str(caught.value)
+
+
+def test_vector_environments_equal_single_ones_and_stacked_ones_are_refused(shipped):
+    options = {"task": "vae-mnist-trousers", "num_envs": 2, "horizon": 2}
+    serial, processes = (gym.make_vec("SISSUnlearn-v0", backend=b, **options) for b in ("serial", "processes"))
+    for envs in (serial, processes):
+        envs.reset(seed=5)
+    action = np.full((2, 1), 0.4, dtype=np.float32)
+    np.testing.assert_allclose(serial.step(action)[0], processes.step(action)[0], rtol=1e-5)
+    processes.close()
+    with pytest.raises(Exception, match="stacked runs are of ε-networks"):
+        gym.make_vec("SISSUnlearn-v0", backend="stacked", **options)
+
+
+def test_samples_are_the_decoders_at_the_prior(shipped):
+    _, _, model = shipped
+    family = family_of(model)
+    noise = torch.randn(5, *family.noise_shape(model, torch.Size((1, 28, 28))))
+    labels = torch.arange(5)
+    torch.testing.assert_close(family.sample(model, noise, ALPHAS, labels=labels), model.decode(noise, labels))
