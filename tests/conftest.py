@@ -13,7 +13,10 @@ from unlearn_gym.tasks import get_task, load_data
 
 torch.set_num_threads(1)
 
-TASKS = ("gaussians-2d", "mnist-bags", "mnist-digits", "mnist-sandals", "mnist-trousers", "mnist-tshirt")
+TASKS = (
+    "gaussians-2d", "mnist-bags", "mnist-digits", "mnist-sandals", "mnist-trousers", "mnist-tshirt",
+    "sfd-mnist-digits", "vae-mnist-trousers",
+)  # fmt: skip
 
 
 @pytest.fixture

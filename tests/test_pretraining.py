@@ -13,6 +13,7 @@ from unlearn_gym.errors import DataError, SettingsError, TaskError, WeightsError
 from unlearn_gym.files import sha256
 from unlearn_gym.models import MLPConfig, UNetConfig, build_network
 from unlearn_gym.models.classifier import CLASSIFIER_WEIGHTS
+from unlearn_gym.models.one_step import OneStepNetwork
 from unlearn_gym.models.weights import load_weights, read_tensors, save_weights
 from unlearn_gym.pretraining import Pretraining, PretrainSettings, one_cycle, pretrain, training_samples
 from unlearn_gym.tasks import TaskData, get_task, load_data, register_task, to_model_range
@@ -77,7 +78,8 @@ def test_shipped_weights_are_those_of_their_manifest(task, name):
     weights = getattr(chosen, f"{name}_path")
     manifest = json.loads(weights.with_suffix(".json").read_text())
     assert manifest["sha256"] == sha256(weights)
-    assert manifest["network"] == chosen.network.model_dump(mode="json")
+    network = chosen.network.network if isinstance(chosen.network, OneStepNetwork) else chosen.network
+    assert manifest["network"] == network.model_dump(mode="json")
     assert manifest["schedule"] == chosen.schedule.model_dump()
     assert manifest["retain_only"] == (name == "oracle")
     assert manifest["command"].startswith("unlearn-gym pretrain")

@@ -172,7 +172,8 @@ def distill(
     weights = out / f"{name}.safetensors"
     save_weights(weights, distillation.averaged_model().state_dict())
     manifest = {
-        "command": command, "task": task.name, "settings": settings.model_dump(), "retain_only": retain_only,
+        "command": command, "task": task.name, "schedule": task.schedule.model_dump(),
+        "network": _network(task, retain_only=retain_only).network.model_dump(mode="json"), "settings": settings.model_dump(), "retain_only": retain_only,
         "teacher_sha256": sha256(_network(task, retain_only=retain_only).teacher),
         "figures": {"divergence": divergence, "fake_loss": fake_loss},
         "updates_this_session": settings.updates - start_update,

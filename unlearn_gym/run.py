@@ -287,6 +287,8 @@ class UnlearningRun:
         self, output: Tensor, output_grad: Tensor | None, gradient: Tensor, views: list[Tensor], *, retain_graph: bool
     ) -> None:
         gradient.zero_()
+        if not output.requires_grad:  # a side that an objective leaves out
+            return
         self.flat.point_gradients(views)
         torch.autograd.backward(output, output_grad, retain_graph=retain_graph, inputs=self.flat.parameters)
         self.flat.point_gradients(None)

@@ -67,6 +67,8 @@ def measure_item(item: str, task: str, device: str, out: Path, *, quick: bool) -
         case "10":
             figures = objectives.objectives(task, device, rounds)
             figures += objectives.objectives(FAST_TASK, device, 10 * rounds)
+            figures += objectives.objectives("vae-mnist-trousers", device, 2 * rounds)
+            figures += objectives.objectives("sfd-mnist-digits", device, max(3, rounds // 2))
         case "11":
             figures = observation.groups(task, device, rounds) + observation.groups(FAST_TASK, device, 10 * rounds)
         case _:

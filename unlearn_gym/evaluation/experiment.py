@@ -31,6 +31,9 @@ from unlearn_gym.evaluation.tables import (
 from unlearn_gym.settings import describe_validation_error
 
 EXPERIMENTS = Path("configs/experiments")
+BESIDE_ORACLE = (
+    "forget_rate", "forget_loss", "retain_loss", "feature_kid", "class_accuracy", "oracle_error", "score",
+)  # fmt: skip
 ACROSS = ("forget_rate", "forget_loss", "retain_loss", "score", "mean_lambda")
 Progress = Callable[[str], Callable[[dict[str, Any] | None, int, int], None]]
 
@@ -198,12 +201,38 @@ def experiment_page(name: str, question: str, arms: dict[str, Results]) -> str:
         f"n seeds none below 2^(1-n): {len(first.seeds)} seeds can call one of at most "
         f"{int(0.05 * 2 ** (len(first.seeds) - 1))} comparisons clear, and only if all of them agree."
     )
+    lines += methods(arms)
     lines += ["## The return against what is wanted", markdown_table(*rewards(arms))]
     lines.append("Spearman's rank correlation over all SISS runs of an arm; intervals resample seeds.")
     lines.append("\n".join(f"- [{arm}]({arm}/report.md): {_arm_line(results)}" for arm, results in arms.items()))
     total = sum(hours(results) for results in arms.values())
     lines.append(f"Made by `{first.raw['command']}` with {versions}; {total:.2f} core hours.")
     return "\n\n".join(lines) + "\n"
+
+
+def methods(arms: dict[str, Results]) -> list[str]:
+    """A section for each task that several arms have in common: all of them beside its one oracle."""
+    tasks: dict[str, dict[str, Results]] = {}
+    for arm, results in arms.items():
+        tasks.setdefault(results.task, {})[arm] = results
+    sections = []
+    for task, own in tasks.items():
+        if len(own) > 1:
+            sections += [f"## {task}: forgetting against quality, beside the oracle", markdown_table(*_beside(own))]
+    return sections
+
+
+def _beside(arms: dict[str, Results]) -> Table:
+    """The references once, then a row for every policy of every arm."""
+    metrics, rows, seen = [BY_NAME[name] for name in BESIDE_ORACLE], [], set()
+    for arm, results in arms.items():
+        for policy in results.policies:
+            label = "–" if policy in REFERENCES else arm
+            if (label, policy) not in seen:
+                seen.add((label, policy))
+                values = (estimate_text(results.estimate(policy, m.name), m.form) for m in metrics)
+                rows.append([label, policy, *values, "–" if policy in REFERENCES else str(len(results.seeds))])
+    return ["arm", "policy", *(m.title for m in metrics), "seeds"], rows
 
 
 def rewards(arms: dict[str, Results]) -> Table:

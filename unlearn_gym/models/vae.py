@@ -25,11 +25,11 @@ class VAEConfig(BaseModel):
     kind: Literal["vae"] = "vae"
     image_channels: int = Field(1, ge=1)
     image_size: int = Field(28, ge=4)
-    channels: tuple[int, int] = (32, 64)
+    channels: tuple[int, int] = (32, 48)
     latent_dim: int = Field(16, ge=1)
-    hidden_dim: int = Field(256, ge=1)
+    hidden_dim: int = Field(128, ge=1)
     num_classes: int | None = Field(None, ge=1)
-    std: float = Field(0.25, gt=0)
+    std: float = Field(1.0, gt=0)
 
     @model_validator(mode="after")
     def _divisible(self) -> VAEConfig:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,12 +41,14 @@ class LatentObjective(OwnPasses):
 
     def passes(self, model: Any, batch: Batch, lambda_: Tensor, context: Context, learner: Learner | None) -> Passes:
         """Encode both sides, draw, decode and weigh."""
-        stopped = context.settings.encoder_gradient == "stopped"
-        with torch.no_grad() if stopped else nullcontext():
-            retain, forget = encode_pair(model, batch)
         if self.rows == "mixture":
-            return _weigh(model, batch, retain, forget, lambda_, context)
-        return _each_from_its_own(model, batch, retain, forget, self.rows, context)
+            return _mixture(model, batch, lambda_, context)
+        return _each_from_its_own(model, batch, self.rows, context)
+
+
+def _encoding(context: Context) -> Any:
+    """Where encoders are asked: without a graph where their gradient is stopped."""
+    return torch.no_grad() if context.settings.encoder_gradient == "stopped" else nullcontext()
 
 
 def encode_pair(model: Any, batch: Batch) -> tuple[Posterior, Posterior]:
@@ -71,54 +73,58 @@ def latent_weights(
     return (log_retain - log_mixture).exp(), (log_forget - log_mixture).exp()
 
 
-def _weigh(model: Any, batch: Batch, retain: Posterior, forget: Posterior, lambda_: Tensor, context: Context) -> Passes:
+def _mixture(model: Any, batch: Batch, lambda_: Tensor, context: Context) -> Passes:
+    """One z of each pair, from the posterior that the mask says, for both sides."""
     from_forget = batch.uniforms < lambda_
+    with _encoding(context):
+        retain, forget = encode_pair(model, batch)
     drawn = torch.where(per_sample(from_forget, batch.noise), forget.draw(batch.noise), retain.draw(batch.noise))
     labels = None
     if batch.retain_labels is not None and batch.forget_labels is not None:
         labels = siss.mixture_labels(from_forget, batch.retain_labels, batch.forget_labels)
     weights = latent_weights(drawn, retain, forget, lambda_, labels)
     mean = model.decode(drawn, None if labels is None else labels.drawn)
-    return _losses(model, batch, (mean, mean), (retain, forget), weights, from_forget, context)
+    sides = [Side(batch.retain, mean, retain, weights[0]), Side(batch.forget, mean, forget, weights[1])]
+    return _losses(sides, model.config.std, from_forget, context)
 
 
-def _each_from_its_own(
-    model: Any, batch: Batch, retain: Posterior, forget: Posterior, rows: str, context: Context
-) -> Passes:
-    """Each side's ELBO from z of its own posterior; the side that ``rows`` leaves out has weight 0."""
-    ones = torch.ones_like(batch.uniforms)
-    weights = ones * (rows != "forget"), ones * (rows != "retain")
-    means = [
-        model.decode(posterior.draw(batch.noise), labels) if side else torch.zeros_like(batch.retain)
-        for posterior, labels, side in (
-            (retain, batch.retain_labels, rows != "forget"), (forget, batch.forget_labels, rows != "retain")
-        )
-    ]  # fmt: skip
+def _each_from_its_own(model: Any, batch: Batch, rows: str, context: Context) -> Passes:
+    """Each side's bound from z of its own posterior; a side that ``rows`` leaves out is not asked, and weighs 0."""
+    sides = []
+    for name, x, labels in (
+        ("retain", batch.retain, batch.retain_labels), ("forget", batch.forget, batch.forget_labels)
+    ):  # fmt: skip
+        if rows in ("both", name):
+            with _encoding(context):
+                posterior = Posterior(*model.encode(x, labels))
+            mean = model.decode(posterior.draw(batch.noise), labels)
+            sides.append(Side(x, mean, posterior, torch.ones_like(batch.uniforms)))
+        else:
+            sides.append(Side(x, x, Posterior(*torch.zeros(2, len(x), 1).to(x)), torch.zeros_like(batch.uniforms)))
     from_forget = torch.full_like(batch.uniforms, rows == "forget", dtype=torch.bool)
-    return _losses(model, batch, (means[0], means[1]), (retain, forget), weights, from_forget, context)
+    return _losses(sides, model.config.std, from_forget, context)
 
 
-def _losses(
-    model: Any,
-    batch: Batch,
-    means: tuple[Tensor, Tensor],
-    posteriors: tuple[Posterior, Posterior],
-    weights: tuple[Tensor, Tensor],
-    from_forget: Tensor,
-    context: Context,
-) -> Passes:
-    """Weighted losses of both sides and what there is to report of them."""
-    s, std, dim = context.settings, model.config.std, batch.retain[0].numel()
+class Side(NamedTuple):
+    """Samples ``x (B, *S)``, the decoder's ``mean (B, *S)`` for them, their posterior and weights ``(B,)``."""
+
+    x: Tensor
+    mean: Tensor
+    posterior: Posterior
+    weight: Tensor
+
+
+def _losses(sides: list[Side], std: float, from_forget: Tensor, context: Context) -> Passes:
+    """Weighted losses of both sides, and what there is to report of them."""
+    s, dim = context.settings, sides[0].x[0].numel()
     errors = [
-        (reconstruction_error(x, mean, std) + s.kl_coef * posterior.divergence()) / dim
-        for x, mean, posterior in zip((batch.retain, batch.forget), means, posteriors, strict=True)
+        (reconstruction_error(side.x, side.mean, std) + s.kl_coef * side.posterior.divergence()) / dim for side in sides
     ]
-    retain = context.retain_coef * (weights[0] * errors[0]).mean()
-    forget = context.forget_coef * (weights[1] * errors[1]).mean()
-    residuals = [mean.detach() - x for x, mean in zip((batch.retain, batch.forget), means, strict=True)]
-    loss = retain - s.forget_scale * forget
-    terms = siss.SISSTerms(*(v.detach() for v in (retain, forget, loss, *errors, *weights, *residuals)))
-    return Passes(retain, forget, terms, from_forget)
+    retain = context.retain_coef * (sides[0].weight * errors[0]).mean()
+    forget = context.forget_coef * (sides[1].weight * errors[1]).mean()
+    loss, residuals = retain - s.forget_scale * forget, [side.mean - side.x for side in sides]
+    parts = (retain, forget, loss, *errors, *(side.weight for side in sides), *residuals)
+    return Passes(retain, forget, siss.SISSTerms(*(part.detach() for part in parts)), from_forget)
 
 
 LATENT_OBJECTIVES = {
