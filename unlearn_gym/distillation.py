@@ -171,10 +171,11 @@ def distill(
             distillation.save(checkpoint)
     weights = out / f"{name}.safetensors"
     save_weights(weights, distillation.averaged_model().state_dict())
+    network = _network(task, retain_only=retain_only)
     manifest = {
         "command": command, "task": task.name, "schedule": task.schedule.model_dump(),
-        "network": _network(task, retain_only=retain_only).network.model_dump(mode="json"), "settings": settings.model_dump(), "retain_only": retain_only,
-        "teacher_sha256": sha256(_network(task, retain_only=retain_only).teacher),
+        "network": network.network.model_dump(mode="json"), "teacher_sha256": sha256(network.teacher),
+        "settings": settings.model_dump(), "retain_only": retain_only,
         "figures": {"divergence": divergence, "fake_loss": fake_loss},
         "updates_this_session": settings.updates - start_update,
         "seconds_this_session": round(time.perf_counter() - started, 1), "threads": torch.get_num_threads(),
