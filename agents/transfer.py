@@ -128,7 +128,7 @@ def _env_of(instance: Instance, options: dict[str, Any]) -> SISSUnlearnEnv:
 def _key(spec: str, instance: Instance, number: int, options: dict[str, Any]) -> str:
     """A hash of all that an episode depends on."""
     task = get_task(instance.task)
-    sources = [*existing_sources(spec, task.name), task.pretrained_path]
+    sources = [*existing_sources(spec, task.name), task.pretrained_path, *task.weights_within]
     about = [unlearn_gym.__version__, torch.__version__, task.settings.model_dump(), _digest(task)]
     parts = [*about, spec, number, instance.as_info(), [sha256(source) for source in sources]]
     if options:

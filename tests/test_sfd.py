@@ -17,6 +17,7 @@ from unlearn_gym import sfd
 from unlearn_gym.diffusion import q_sample
 from unlearn_gym.distillation import Distillation, DistillationSettings, distill
 from unlearn_gym.errors import SettingsError, TaskError, WeightsError
+from unlearn_gym.evaluation.comparison import default_policies
 from unlearn_gym.families import FAMILIES, family_of
 from unlearn_gym.models import CompactUNet, UNetConfig
 from unlearn_gym.models.one_step import OneStepModel, OneStepNetwork
@@ -208,7 +209,40 @@ def test_many_classes_are_forgotten_at_once_each_with_its_override():
 
 def test_overrides_are_the_next_kept_class_unless_chosen():
     assert override_pairs([0, 2, 5], [1, 3, 6], None) == [2, 5, 0]
-    assert override_pairs([0, 2, 5], [1, 3, 6], {3: 0}) == [2, 0, 0]
+    assert override_pairs([0, 2, 5], [1, 3, 6], ((3, 0),)) == [2, 0, 0]
+    with pytest.raises(SettingsError, match="needs a class to keep"):
+        override_pairs([], [1, 3], None)
+
+
+@pytest.mark.parametrize("given", [{1: 2, 3: 0}, {"3": "0", "1": "2"}, [[3, 0], [1, 2]], ((1, 2), (3, 0))])
+def test_overrides_may_be_given_as_python_or_json_has_them(given):
+    settings = RunSettings().override(override_classes=given)
+    assert settings.override_classes == ((1, 2), (3, 0))
+    assert hash(settings) == hash(RunSettings().override(**settings.model_dump(mode="json")))
+
+
+@pytest.mark.parametrize("given", ["{3: 8}", {3: "x"}, [3, 8], 3])
+def test_overrides_that_are_none_say_how_to_write_them(given):
+    with pytest.raises(SettingsError, match="on the command line --option"):
+        RunSettings().override(override_classes=given)
+
+
+def test_a_schedule_that_ends_before_the_generator_starts_is_refused():
+    with pytest.raises(SettingsError, match="starts at t=440, its schedule ends at 199"):
+        UnlearningRun(tiny_model(), tiny_data(), ALPHAS[:200], RunSettings(**PLAIN), 0).measure(0.5)
+
+
+def test_cells_depend_on_the_teacher():
+    task = get_task("sfd-mnist-digits")
+    assert task.weights_within == [get_task("mnist-digits").pretrained_path]
+    assert "variational:variance" not in default_policies(task.name, "sfd")
+    assert "variational:variance" in default_policies("vae-mnist-trousers", "siss")
+
+
+def test_the_remedy_for_a_missing_oracle_begins_with_its_teachers():
+    remedy = get_task("sfd-mnist-digits:5").oracle_remedy
+    assert "pretrain --task mnist-digits:5 --retain-only" in remedy
+    assert "pretrain --task sfd-mnist-digits:5 --retain-only" in remedy
 
 
 @pytest.mark.parametrize(
@@ -225,11 +259,10 @@ def test_overrides_that_cannot_be_are_refused_in_one_line(chosen, message):
 def test_a_restored_run_continues_exactly_and_so_does_a_copied_one():
     run = tiny_run(optimizer="adamw")
     run.update(0.3)
-    snapshot, twin = run.snapshot(), pickle.loads(pickle.dumps(run))
-    results = []
-    for each in (run, run, twin, copy.deepcopy(run)):
-        each.restore(snapshot)
-        results.append([each.update(x).siss_loss for x in (0.2, 0.8, 0.5)])
+    snapshot, twins = run.snapshot(), [pickle.loads(pickle.dumps(run)), copy.deepcopy(run)]
+    results = [[run.update(x).siss_loss for x in (0.2, 0.8, 0.5)]]
+    run.restore(snapshot)
+    results += [[each.update(x).siss_loss for x in (0.2, 0.8, 0.5)] for each in (run, *twins)]
     assert results.count(results[0]) == 4
 
 
@@ -238,7 +271,28 @@ def test_norms_measured_seldom_change_no_update():
     for lambda_ in (0.2, 0.5, 0.8, 0.3):
         for run in runs:
             run.update(lambda_)
+        norms = [run.measure(0.5).direct_grad_norm for run in runs]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     torch.testing.assert_close(runs[0].flat.vector, runs[1].flat.vector, rtol=1e-4, atol=1e-6)
+
+
+def test_between_measurements_all_three_norms_are_those_last_measured():
+    run = tiny_run(grad_norms="every:3", hybrid_coef=0.5)
+    terms = [run.update(0.4) for _ in range(4)]
+    for name in ("retain_grad_norm", "forget_grad_norm", "direct_grad_norm"):
+        first, second, third, fourth = (getattr(t, name) for t in terms)
+        assert first == second == third != fourth
+
+
+def test_the_slope_of_a_hybrid_is_that_of_its_loss_where_the_mask_stays():
+    run = tiny_run(hybrid_coef=0.6)
+    state, losses = run.measure_generator.get_state(), {}
+    for x in (0.4, 0.401):  # no uniform lies between them
+        run.measure_generator.set_state(state)
+        losses[x] = run.measure(x)
+    slope = (losses[0.401].siss_loss - losses[0.4].siss_loss) / 0.001
+    assert losses[0.4].lambda_gradients["pathwise"] == pytest.approx(slope, rel=0.02)
+    assert losses[0.4].lambda_gradients["score_function"] != losses[0.4].lambda_gradients["pathwise"]
 
 
 def test_the_hybrid_adds_the_gradient_of_siss_on_real_pairs():

@@ -17,11 +17,12 @@ from unlearn_gym.errors import SettingsError
 from unlearn_gym.evaluation.vae_likelihood import importance_weighted_nll
 from unlearn_gym.families import family_of
 from unlearn_gym.models import ConvVAE, VAEConfig
-from unlearn_gym.objectives import OBJECTIVES
-from unlearn_gym.objectives.latent import encode_pair, latent_weights
+from unlearn_gym.objectives import OBJECTIVES, Context, latent
+from unlearn_gym.objectives.latent import latent_weights
 from unlearn_gym.run import UnlearningRun
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.siss import PairLabels
+from unlearn_gym.step import Batch
 from unlearn_gym.tasks import TaskData, get_task, load_data
 
 TINY = VAEConfig(image_size=8, channels=(8, 8), latent_dim=3, hidden_dim=16, num_classes=2, std=0.5)
@@ -83,62 +84,74 @@ def test_weights_stay_finite_where_densities_vanish():
     assert not w_f.any()
 
 
-def mean_gradients(objective: str, lambda_: float, batches: int = 150, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean over batches of both gradients, and the square of its standard error, for overlapping posteriors."""
-    run = tiny_run(objective=objective, batch_size=256, **options)
+class LinearVAE(torch.nn.Module):
+    """q(z|x) = N(a x, e^c), p(x|z) = N(w z, std²) on single numbers: its bound has a closed form."""
+
+    family = "vae"
+    config = VAEConfig(latent_dim=1, std=0.5)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c, self.w = (torch.nn.Parameter(torch.tensor(v)) for v in (0.4, -0.6, 1.3))
+
+    def encode(self, x, labels=None):
+        return self.a * x.flatten(1), self.c.expand(len(x), 1)
+
+    def decode(self, z, labels=None):
+        return self.w * z.view(-1, 1, 1, 1)
+
+    def bound(self, x: float, kl_coef: float) -> torch.Tensor:
+        error = ((x - self.w * self.a * x) ** 2 + self.w**2 * self.c.exp()) / (2 * self.config.std**2)
+        return error + 0.5 * kl_coef * ((self.a * x) ** 2 + self.c.exp() - 1 - self.c)
+
+
+def linear_gradients(lambda_: float, size: int = 4000, batches: int = 100, **options):
+    """Means over batches of both losses' gradients by (a, c, w), their squared standard errors, and the exact ones."""
+    model, g, x = LinearVAE(), torch.Generator().manual_seed(0), (0.9, -0.6)
+    context = Context(RunSettings(kl_coef=0.7, **options), ALPHAS, 1.0, 1.0)
+    pair = [torch.full((size, 1, 1, 1), value) for value in x]
     rows = []
     for _ in range(batches):
-        run.measure(lambda_)
-        rows.append(torch.cat([run.retain_grad, run.forget_grad]).double().clone())
+        noise, uniforms = torch.randn(size, 1, generator=g), torch.rand(size, generator=g)
+        batch = Batch(*pair, None, None, noise, torch.zeros(size).long(), uniforms, torch.zeros(size).long())
+        passes = OBJECTIVES["vae"]["siss"].passes(model, batch, torch.tensor(lambda_), context, None)
+        gradients = [
+            torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
+            for loss in (passes.retain, passes.forget)
+        ]
+        rows.append(torch.tensor([0.0 if v is None else v.item() for side in gradients for v in side]))
+    exact = [torch.autograd.grad(model.bound(value, 0.7), list(model.parameters())) for value in x]
     stacked = torch.stack(rows)
-    return stacked.mean(0), stacked.var(0) / len(stacked)
+    return stacked.mean(0), stacked.std(0) / batches**0.5, torch.tensor([v.item() for side in exact for v in side])
 
 
-@pytest.mark.parametrize("labels", [True, False])
-@pytest.mark.parametrize("encoder_gradient", ["full", "stopped"])
-@pytest.mark.parametrize("lambda_", [0.2, 0.6])
-def test_latent_siss_has_the_expected_gradient_of_each_sides_own_bound(lambda_, encoder_gradient, labels, monkeypatch):
-    """What justifies either version: full for encoder and decoder, stopped for the decoder, the encoder having none."""
-    options = {"encoder_gradient": encoder_gradient, "kl_coef": 0.7}
-    monkeypatch.setitem(globals(), "tiny_run", lambda **more: TINY_RUN(labels=labels, **more))
-    mixture, error = mean_gradients("siss", lambda_, **options)
-    plain, plain_error = mean_gradients("siss-no-is", lambda_, **options)
-    expected = (error + plain_error).sum()
-    assert (mixture - plain).square().sum() < 1.6 * expected
-    assert plain.square().sum() > 20 * expected
+@pytest.mark.parametrize("lambda_", [0.3, 0.6])
+def test_the_full_gradient_is_in_expectation_that_of_each_sides_own_bound(lambda_):
+    mean, error, exact = linear_gradients(lambda_)
+    assert ((mean - exact).abs() < 4 * error + 1e-4).all()
+    assert (exact.abs() > 20 * error).all()
 
 
-TINY_RUN = tiny_run
+@pytest.mark.parametrize("lambda_", [0.3, 0.6])
+def test_the_stopped_gradient_is_so_for_the_decoder_and_the_encoder_has_none(lambda_):
+    mean, error, exact = linear_gradients(lambda_, encoder_gradient="stopped")
+    assert not mean[[0, 1, 3, 4]].any()
+    assert ((mean - exact)[[2, 5]].abs() < 4 * error[[2, 5]] + 1e-4).all()
 
 
-def test_posteriors_overlap_in_these_tests_so_that_weights_are_not_saturated():
-    run = tiny_run(labels=False, batch_size=64)
-    batch = run.draw(run.generator)
-    retain, forget = encode_pair(run.model, batch)
-    w_r, _ = latent_weights(retain.draw(batch.noise), retain, forget, torch.tensor(0.5), None)
-    assert 0.2 < w_r.min() < w_r.max() < 1.8
+def test_a_gradient_through_z_alone_would_be_biased(monkeypatch):
+    """What is neither version: weights held constant while z passes the gradient on."""
+    monkeypatch.setattr(latent, "latent_weights", lambda *args: tuple(w.detach() for w in latent_weights(*args)))
+    mean, error, exact = linear_gradients(0.3)
+    assert ((mean - exact).abs() > 20 * error).any()
+    assert ((mean - exact)[[2, 5]].abs() < 4 * error[[2, 5]] + 1e-4).all()  # the decoder's is none the worse
 
 
-def test_a_gradient_that_ignores_the_weights_dependence_on_the_encoder_is_biased():
-    """The unbiasedness test can fail: without the weights' own gradient the encoder's expectation is another one."""
-    plain, plain_error = mean_gradients("siss-no-is", 0.5)
-    run = tiny_run(batch_size=256)
-    rows = []
-    for _ in range(150):
-        batch = run.draw(run.measure_generator)
-        retain, forget = encode_pair(run.model, batch)
-        k = (batch.uniforms < 0.5)[:, None]
-        z = torch.where(k, forget.draw(batch.noise), retain.draw(batch.noise))
-        labels = PairLabels(torch.where(k[:, 0], batch.forget_labels, batch.retain_labels),
-                            batch.retain_labels, batch.forget_labels)  # fmt: skip
-        w_r, _ = (w.detach() for w in latent_weights(z, retain, forget, torch.tensor(0.5), labels))
-        mean = run.model.decode(z, labels.drawn)
-        error = (batch.retain - mean).square().flatten(1).sum(1) / (2 * 0.25) + retain.divergence()
-        loss = run.retain_coef * (w_r * error).mean() / 64
-        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(run.model.parameters()))]).double())
-    half = len(plain) // 2
-    difference = torch.stack(rows).mean(0) - plain[:half]
-    assert difference.square().sum() > 3 * (plain_error[:half].sum() + torch.stack(rows).var(0).sum() / 150)
+def test_weights_in_that_test_are_not_saturated():
+    model, noise = LinearVAE(), torch.randn(500, 1, generator=torch.Generator().manual_seed(0))
+    sides = [Posterior(*model.encode(torch.full((500, 1, 1, 1), x))) for x in (0.9, -0.6)]
+    w_r, _ = latent_weights(sides[0].draw(noise), *sides, torch.tensor(0.3), None)
+    assert w_r.std() > 0.1
 
 
 @pytest.mark.parametrize("encoder_gradient", ["full", "stopped"])
@@ -201,6 +214,22 @@ def test_restored_runs_and_every_k_measurements_continue_exactly(encoder_gradien
     run.restore(snapshot)
     again = [run.update(x) for x in (0.2, 0.8, 0.5)]
     assert [t.siss_loss for t in first] == [t.siss_loss for t in again]
+
+
+def test_fresh_features_are_the_terms_of_each_sides_own_bound_at_the_runs_settings():
+    options = {"kl_coef": 5.0, "encoder_gradient": "stopped"}
+    found = tiny_run(**options).measure_unweighted()
+    terms = tiny_run(objective="siss-no-is", **options).measure(0.5)
+    expected = [terms.retain_loss, terms.forget_loss, terms.retain_grad_norm, terms.forget_grad_norm]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("option", [{"hybrid_coef": 0.5}, {"score_alpha": 1.0}, {"override_classes": {1: 2}}])
+def test_options_of_another_family_are_refused(option):
+    with pytest.raises(SettingsError, match="is for models of the family generator, and this task's is of vae"):
+        tiny_run(**option)
+    with pytest.raises(SettingsError, match="is for models of the family vae, and this task's is of diffusion"):
+        gym.make("SISSUnlearn-v0", task="gaussians-2d", kl_coef=2.0)
 
 
 def test_norms_measured_seldom_change_no_update():

@@ -24,7 +24,7 @@ from unlearn_gym.models.flat import FlatParameters, optimizer_state
 from unlearn_gym.models.one_step import OneStepNetwork
 from unlearn_gym.models.weights import read_tensors, save_weights
 from unlearn_gym.objectives.score_forgetting import SCORE_TIMESTEPS
-from unlearn_gym.pretraining import one_cycle
+from unlearn_gym.pretraining import make_folder, one_cycle
 from unlearn_gym.tasks import Task
 
 
@@ -155,6 +155,7 @@ def distill(
     also returned) to ``out``, where name is ``pretrained`` or ``oracle``.
     """
     name = "oracle" if retain_only else "pretrained"
+    make_folder(out)
     distillation = Distillation(_network(task, retain_only=retain_only), task.schedule.alphas_cumprod(), settings)
     checkpoint = out / f"{name}.checkpoint.safetensors"
     if checkpoint.is_file():

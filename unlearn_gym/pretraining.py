@@ -148,6 +148,14 @@ def _fingerprint(task: Task, samples: Tensor, labels: Tensor | None, settings: P
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
+def make_folder(out: Path) -> None:
+    """Make the folder ``out``; raises :class:`WeightsError` where it cannot be one."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WeightsError(f"cannot make the folder {out} ({error.strerror}); choose another --out") from None
+
+
 def pretrain(
     task: Task,
     data: TaskData,
@@ -167,10 +175,7 @@ def pretrain(
     from torch.utils.tensorboard import SummaryWriter
 
     name = "oracle" if retain_only else "pretrained"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WeightsError(f"cannot make the folder {out} ({error.strerror}); choose another --out") from None
+    make_folder(out)
     training = Pretraining(task, *training_samples(data, retain_only=retain_only), settings)
     checkpoint = out / f"{name}.checkpoint.safetensors"
     if checkpoint.is_file():

@@ -47,7 +47,7 @@ class Snapshot:
     optimizer: dict[str, Tensor]
     buffers: dict[str, Tensor]
     generators: tuple[Tensor, Tensor]
-    known_norms: tuple[Tensor, Tensor]
+    known_norms: tuple[Tensor, Tensor, Tensor]
     norms_age: int
     updates: int
     diverged: bool
@@ -60,6 +60,7 @@ class Measured(NamedTuple):
     terms: siss.SISSTerms
     norms: GradientNorms
     from_forget: Tensor
+    lambda_gradients: dict[str, Tensor] | None = None
 
 
 def make_optimizer(settings: RunSettings, vectors: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -97,8 +98,9 @@ class UnlearningRun:
         device = settings.device
         self.settings = settings
         self.family = family_of(model)
-        self.objective = get_objective(self.family.name, settings.objective)
+        self.objective = get_objective(self.family.name, settings)
         self.data = data.to(device)
+        self.objective.check(self.data, settings)
         self._prepared = self.objective.prepare(self.data, settings)
         self._noise_shape = self.family.noise_shape(model, data.retain.shape[1:])
         self.alphas_cumprod = alphas_cumprod.to(device)
@@ -123,7 +125,7 @@ class UnlearningRun:
         self.measure_generator = torch.Generator(device)
         self.grid = torch.tensor(SECOND_MOMENT_GRID, dtype=torch.float32, device=device)
         self._splits = settings.skip_zero_weights and self.generator.device.type == "cpu"  # elsewhere it would wait
-        self._known_norms = (torch.zeros((), device=device),) * 2
+        self._known_norms = (torch.zeros((), device=device),) * 3
         self._norms_age = 0
         self.updates = 0
         self.diverged = False
@@ -157,7 +159,7 @@ class UnlearningRun:
         if self.updates % self.settings.norms_period == 0:
             measured = self._separate_gradients(batch, value, self.learner)
             norms = measured.norms
-            self._known_norms, self._norms_age = (norms.retain, norms.forget), 0
+            self._known_norms, self._norms_age = (norms.retain, norms.forget, norms.direct), 0
             scale = clip_factor(norms.update, self.settings.max_grad_norm)
             torch.mul(self.retain_grad, scale, out=self.update_grad)
             self.update_grad.addcmul_(self.forget_grad, scale * norms.forget_multiplier, value=-1.0)
@@ -181,6 +183,12 @@ class UnlearningRun:
         weights, with (c_r, c_f), on a batch of the measuring stream: twice a step's forward pass.
         """
         batch = self.draw(self.measure_generator)
+        if isinstance(self.objective, OwnPasses):
+            value = torch.full((), 0.5, device=self.generator.device)
+            passes = self.objective.unweighted().passes(self.model, batch, value, self._context, None)
+            terms, norms, *_ = self._own_passes(passes)
+            losses_and_norms = torch.stack([terms.retain_loss, terms.forget_loss, norms.retain, norms.forget])
+            return np.asarray(losses_and_norms.tolist(), dtype=np.float64)
         values = []
         for x, labels, coef, gradient, views in (
             (batch.retain, batch.retain_labels, self.retain_coef, self.retain_grad, self._retain_views),
@@ -222,7 +230,7 @@ class UnlearningRun:
             self.retain_grad += self.update_grad
             whole = torch.add(self.retain_grad, norms.forget_multiplier * self.forget_grad, alpha=-1.0)
             norms = norms._replace(direct=self.update_grad.norm(), update=whole.norm())
-        return Measured(passes.terms, norms, passes.from_forget)
+        return Measured(passes.terms, norms, passes.from_forget, passes.lambda_gradients)
 
     def _weighted_rows(self, targets: siss.MixtureTargets) -> tuple[Tensor, Tensor] | None:
         """Which samples have a retain and which a forget weight, if each side's passes on its own pay."""
@@ -265,19 +273,20 @@ class UnlearningRun:
         scale, output_grad = self._signed_scale, None
         if isinstance(self.objective, OwnPasses):
             passes = self.objective.passes(self.model, batch, value, self._context, self.learner)
-            terms, from_forget = passes.terms, passes.from_forget
+            terms, from_forget, slopes = passes.terms, passes.from_forget, passes.lambda_gradients
             output = passes.retain - scale * passes.forget + (0.0 if passes.direct is None else passes.direct)
         else:
             draw = self.objective.draw(batch, self.alphas_cumprod, value)
-            output, from_forget = self.model(draw.x_t, draw.timesteps, draw.labels), draw.from_forget
+            output, from_forget, slopes = self.model(draw.x_t, draw.timesteps, draw.labels), draw.from_forget, None
             terms = self._terms(output, draw)
             retain_output_grad, forget_output_grad = siss.output_gradients(terms, **self._coefs)
             output_grad = retain_output_grad - scale * forget_output_grad
         self._backward(output, output_grad, self.update_grad, self._update_views, retain_graph=False)
         self._norms_age += 1
         norm = self.update_grad.norm()
-        norms = GradientNorms(*self._known_norms, torch.full_like(norm, scale), norm, torch.zeros_like(norm))
-        return Measured(terms, norms, from_forget)
+        retain, forget, direct = self._known_norms
+        norms = GradientNorms(retain, forget, torch.full_like(norm, scale), norm, direct)
+        return Measured(terms, norms, from_forget, slopes)
 
     @torch.no_grad()
     def _terms(self, epsilon_pred: Tensor, draw: Draw) -> siss.SISSTerms:
@@ -299,7 +308,7 @@ class UnlearningRun:
         scale: Any = {"forget_scale": self.settings.forget_scale, **self._coefs}
         packed = pack(
             measured.from_forget, measured.terms, measured.norms, value, self.flat.vector.sum(), self.grid,
-            objective=self.objective, **scale,
+            objective=self.objective, lambda_gradients=measured.lambda_gradients, **scale,
         )  # fmt: skip
         step_terms = unpack(packed.double().cpu().numpy(), lambda_, norms_age)
         self.diverged = step_terms.diverged

@@ -90,7 +90,9 @@ class RunSettings(BaseModel):
     divergence_penalty: float = Field(10.0, ge=0)
     kl_coef: float = Field(1.0, ge=0, description="β of a VAE's KL term")
     encoder_gradient: Literal["full", "stopped"] = "full"
-    override_classes: dict[int, int] | None = Field(None, description="forgotten class -> the one that overrides it")
+    override_classes: tuple[tuple[int, int], ...] | None = Field(
+        None, description="forgotten class and the one that overrides it, as a dict or as pairs"
+    )
     score_alpha: float = Field(1.2, ge=0, description="α of score identity distillation")
     hybrid_coef: float = Field(0.0, ge=0, description="weight of SISS beside score forgetting distillation")
     fake_learning_rate: float | None = Field(None, gt=0, description="None: learning_rate")
@@ -102,6 +104,19 @@ class RunSettings(BaseModel):
         if not re.fullmatch(r"exact|every:[1-9]\d*", value):
             raise ValueError("must be 'exact' or 'every:k' with a whole k of at least 1, as in 'every:4'")
         return value
+
+    @field_validator("override_classes", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        """Of a dict, as JSON or Python has it, its sorted pairs: settings are hashed."""
+        try:
+            pairs = value.items() if isinstance(value, dict) else value
+            return None if value is None else tuple(sorted((int(old), int(new)) for old, new in pairs))
+        except (TypeError, ValueError):
+            raise ValueError(
+                "must map forgotten classes to others, as {3: 8}; on the command line "
+                """--option 'override_classes={"3": 8}'"""
+            ) from None
 
     @field_validator("device")
     @classmethod

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unlearn_gym.diffusion import Predictor, per_sample, q_sample
+from unlearn_gym.errors import SettingsError
 
 
 class ScoreTerms(NamedTuple):
@@ -32,7 +33,14 @@ def predict_start(epsilon_pred: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tenso
 
 
 def generate(network: Predictor, noise: Tensor, labels: Tensor | None, alphas_cumprod: Tensor, start: int) -> Tensor:
-    """One step from ``noise (B, *S)`` to samples: the x_0 that ``network`` sees in √(1-ᾱ) noise at t = ``start``."""
+    """One step from ``noise (B, *S)`` to samples: the x_0 that ``network`` sees in √(1-ᾱ) noise at t = ``start``.
+
+    Raises :class:`SettingsError` where the schedule has no such t.
+    """
+    if start >= len(alphas_cumprod):
+        raise SettingsError(
+            f"the generator starts at t={start}, its schedule ends at {len(alphas_cumprod) - 1}; lower start"
+        )
     timesteps = torch.full((len(noise),), start, device=noise.device)
     alpha_bar = per_sample(alphas_cumprod[timesteps], noise)
     x_t = (1.0 - alpha_bar).sqrt() * noise

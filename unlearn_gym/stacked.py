@@ -32,6 +32,12 @@ class StackedRuns:
                 f"stacked runs measure both norms always; grad_norms={first.settings.grad_norms!r} needs "
                 "backend='processes' or 'serial'"
             )
+        objective = first.objective
+        if not isinstance(objective, EpsilonObjective):
+            raise RunError(
+                f"stacked runs are of ε-networks; objective={first.settings.objective!r} of this task's model makes "
+                "passes of its own: use backend='processes' or 'serial'"
+            )
         self.runs, self.settings = runs, first.settings
         self.matrix = torch.empty(len(runs), len(first.flat.vector), device=first.flat.vector.device)
         self.optimizer = make_optimizer(self.settings, [run.flat.vector for run in runs])
@@ -42,12 +48,6 @@ class StackedRuns:
         self._names = [name for name, p in first.model.named_parameters() if p.requires_grad]
         coefs: dict[str, Any] = {"retain_coef": first.retain_coef, "forget_coef": first.forget_coef}
         scaled = coefs | {"forget_scale": self.settings.forget_scale}
-        objective = first.objective
-        if not isinstance(objective, EpsilonObjective):
-            raise RunError(
-                f"stacked runs are of ε-networks; objective={self.settings.objective!r} of this task's model makes "
-                "passes of its own: use backend='processes' or 'serial'"
-            )
         self._mix = torch.vmap(objective.draw, in_dims=(0, None, 0))
         signed = coefs | {"forget_scale": objective.sign * self.settings.forget_scale}
         self._terms = torch.vmap(partial(siss.siss_terms, **signed))

@@ -205,13 +205,16 @@ def pack(
     retain_coef: float,
     forget_coef: float,
     forget_scale: float,
+    lambda_gradients: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Everything that a step reports as one vector on its device, for one transfer; :func:`unpack` reads it.
 
     ``parameter_sum ()`` is the sum of all parameters: not finite as soon as one of them is not.
     """
     coefs = {"retain_coef": retain_coef, "forget_coef": forget_coef}
-    slopes = objective.lambda_gradients(terms, from_forget, lambda_, forget_scale=forget_scale, **coefs)
+    slopes = {**(lambda_gradients or {})} or objective.lambda_gradients(
+        terms, from_forget, lambda_, forget_scale=forget_scale, **coefs
+    )
     moment, slopes["variance"] = torch.zeros(3, len(grid), device=grid.device), torch.zeros_like(terms.siss_loss)
     if objective.lambda_role == "mixture":
         products = siss.output_gradient_products(terms, **coefs)

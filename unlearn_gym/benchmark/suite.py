@@ -19,6 +19,7 @@ from unlearn_gym.benchmark import evaluation, growth, objectives, observation, s
 from unlearn_gym.benchmark.figures import Figure, markdown
 from unlearn_gym.errors import SettingsError
 from unlearn_gym.files import write_json
+from unlearn_gym.tasks import get_task
 
 ITEMS = {
     "1": "overhead of a step over the bare passes",
@@ -37,6 +38,16 @@ QUICK_ITEMS = ("1", "2", "3", "4", "5", "6", "7")
 FAST_TASK = "gaussians-2d"
 
 Measured = tuple[list[Figure], dict[str, Any]]
+
+
+def check_task(task: str) -> None:
+    """Raise :class:`SettingsError` for a task whose model is no ε-network: most items are loops over such."""
+    family = get_task(task).family.name
+    if family != "diffusion":
+        raise SettingsError(
+            f"--task {task!r}: the benchmark is of diffusion models, and this task's is of the family {family}; "
+            "its objectives are measured by item 10 of any other task"
+        )
 
 
 def measure_item(item: str, task: str, device: str, out: Path, *, quick: bool) -> Measured:
@@ -110,6 +121,7 @@ def run_suite(
         raise SettingsError(
             f"unknown item {unknown[0]!r}; items are {', '.join(f'{k} ({v})' for k, v in ITEMS.items())}"
         )
+    check_task(task)
     step.make_env(task, device)  # a bad task or device fails here, in one line
     out.mkdir(parents=True, exist_ok=True)
     result = _begin(out, task, device, quick=quick)

@@ -55,11 +55,13 @@ def compare(
 
     root = resolve_data_root(data_root)
     load_data(get_task(task), root, download=download)
+    options = parse_options(option)
+    objective = get_task(task).settings.override(**options).objective
     comparison = Comparison(
         task=task,
-        policies=policies or default_policies(task),
+        policies=policies or default_policies(task, objective),
         seeds=tuple(range(first_seed, first_seed + seeds)),
-        options=parse_options(option),
+        options=options,
         evaluation=_evaluation(forget_samples, quality_samples, likelihood_samples, inception_weights),
         data_root=None if root is None else str(root.resolve()),
     )

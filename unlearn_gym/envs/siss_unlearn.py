@@ -93,7 +93,8 @@ standard deviation there; F = 64 for MNIST, 2 for points, 0 without a classifier
 
     ## Rewards
     ``reward="siss"``: ``-L_SISS(λ_t) - smoothness_coef (λ_t - λ_{t-1})²``, as the paper has it. At
-    fixed weights its expectation does not depend on λ. ``reward="potential"``: the difference of
+    fixed weights its expectation does not depend on λ, where λ is a mixture's (with ``objective="sfd"`` or
+    ``"retrack"`` it is a weight, and this reward pays for little of it). ``reward="potential"``: the difference of
     ``Φ = (min(f, cap) - f0)/(cap - f0) - w max(0, r/r0 - 1)``, with f and r the forget and held-out
     retain loss on a fixed probe set, f0 and r0 their start values and cap the forget loss of a
     model that never saw the forget data; less the same smoothness penalty. ``info["reward_terms"]``
@@ -180,10 +181,12 @@ standard deviation there; F = 64 for MNIST, 2 for points, 0 without a classifier
         task = get_task(instance.task)
         task.check_pretrained()  # before its data, which may be large
         s = instance.settings(task, self._options)
-        get_objective(task.family.name, s.objective)
+        objective = get_objective(task.family.name, s)
         if s.reward == "potential" and s.potential_cap is None:
             task.unseen_forget_loss  # noqa: B018 - raises where it is not known
-        return task, s, instance.data(load_data(task, self._data_root, download=self._download))
+        data = instance.data(load_data(task, self._data_root, download=self._download))
+        objective.check(data, s)
+        return task, s, data
 
     def _named_instance(self, options: dict[str, Any]) -> Instance | None:
         """The instance that reset's ``options`` name, if they do."""

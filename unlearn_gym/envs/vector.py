@@ -46,7 +46,8 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
     ``final_obs`` and ``final_info``) or ``"Disabled"`` (reset with ``options={"reset_mask": ...}``).
 
     ## What is shared, and what happens when a worker dies
-    Workers map data and start weights into memory from one file. A worker that dies is reported by a warning
+    Workers map data and start weights (of a one-step model, the generator's) into memory from one file.
+    A worker that dies is reported by a warning
     and replaced: its environments' episodes end as truncated with ``info["worker_died"]`` and new ones begin;
     the others go on. An invalid action raises :class:`ActionError` before any environment steps.
 

@@ -47,7 +47,8 @@ METRICS = (
     ),
     Metric(
         "forget_loss", "forget loss", places(4), "oracle", "≥ 0", "3,000", "Ho et al. (2020), eq. 14",
-        "noise-prediction loss of the forget set on a fixed grid of ten timesteps, a mean over pixels",
+        "noise-prediction loss of the forget set on a fixed grid of ten timesteps, a mean over pixels; of a VAE the "
+        "negative ELBO, nats per pixel without the decoder's constant",
     ),
     Metric(
         "retain_loss", "retain loss", places(4), "lower", "≥ 0", "3,000", "Ho et al. (2020), eq. 14",
@@ -118,7 +119,8 @@ METRICS = (
     ),
     Metric(
         "oracle_error", "oracle error", places(4), "lower", "≥ 0", "4,000", "–",
-        "mean squared difference of the noise predictions to the oracle's, on forget and held-out retain data",
+        "mean squared difference of the noise predictions (of a VAE: reconstructions) to the oracle's, on forget and "
+        "held-out retain data",
     ),
     Metric(
         "oracle_fid", "FID to oracle", places(2), "lower", "≥ 0", FROM_QUALITY, "Heusel et al. (2017)",

@@ -34,6 +34,7 @@ from unlearn_gym.evaluation.results import CELL_FORMAT, Results, load_results
 from unlearn_gym.evaluation.store import CellStore
 from unlearn_gym.files import sha256, write_json
 from unlearn_gym.models.classifier import CLASSIFIER_WEIGHTS
+from unlearn_gym.objectives import lambda_role
 from unlearn_gym.policies import existing_sources, make_policy, policy_sources
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.tasks import Task, get_task, load_data, register_task, resolve_data_root, task_names
@@ -44,6 +45,8 @@ DEFAULT_POLICIES = (
     "ppo", "ppo-potential",
 )  # fmt: skip
 
+MIXTURE_ONLY = "variational:variance"
+"""Moments of a gradient under other λ: for objectives that draw from a mixture."""
 KEY_FILES = ("*.safetensors", "constants.json")
 """What a task's cells depend on, of the files beside its weights; the data counts by its content."""
 EXTRAS = ("torchdiffeq", "torchmetrics")
@@ -52,9 +55,12 @@ EXTRAS = ("torchdiffeq", "torchmetrics")
 CellProgress = Callable[[dict[str, Any] | None, int, int], None]
 
 
-def default_policies(task: str) -> tuple[str, ...]:
-    """``DEFAULT_POLICIES`` less the agents that do not ship for ``task``."""
-    return tuple(p for p in DEFAULT_POLICIES if all(path.is_file() for path in policy_sources(p, task)))
+def default_policies(task: str, objective: str = "siss") -> tuple[str, ...]:
+    """``DEFAULT_POLICIES`` less the agents that do not ship for ``task``, and less those that the ``objective`` has no
+    use for.
+    """
+    shipped = (p for p in DEFAULT_POLICIES if all(path.is_file() for path in policy_sources(p, task)))
+    return tuple(p for p in shipped if p != MIXTURE_ONLY or lambda_role(objective) == "mixture")
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,9 @@ class Comparison:
     def try_policies(self, policies: Iterable[str]) -> None:
         """Raise what the cells of ``policies`` would raise, before any of them runs."""
         for policy in policies:
-            if policy not in (*REFERENCES, FINETUNE):
+            if policy == FINETUNE:
+                make_cell_env(self.task, policy, self.options, self.data_root)
+            elif policy not in REFERENCES:
                 self._try_policy(policy)
 
     def _try_policy(self, policy: str) -> None:
@@ -122,7 +130,7 @@ class Comparison:
             "settings": _changed(settings.model_dump(), RunSettings().model_dump()),
             "versions": [unlearn_gym.__version__, torch.__version__], "schedule": task.schedule.model_dump(),
             "forget_classes": task.forget_classes, "num_inference_steps": task.num_inference_steps,
-            "files": sorted(sha256(path) for path in [*files, CLASSIFIER_WEIGHTS]),
+            "files": sorted(sha256(path) for path in [*files, *task.weights_within, CLASSIFIER_WEIGHTS]),
         }  # fmt: skip
         keys = {}
         for policy in (*self.references(), *self.policies):
@@ -244,7 +252,7 @@ def _provenance(comparison: Comparison, command: str) -> dict[str, Any]:
     packages = ("torch", "gymnasium", "stable-baselines3", "torch-fidelity", "numpy")
     return {
         "command": command,
-        "settings": task.settings.override(**comparison.options).model_dump(),
+        "settings": task.settings.override(**comparison.options).model_dump(), "family": task.family.name,
         "num_train_timesteps": task.schedule.num_train_timesteps,
         "num_inference_steps": comparison.evaluation.num_inference_steps or task.num_inference_steps,
         "num_retain": len(data.retain), "num_forget": len(data.forget), "num_reference": len(data.heldout),

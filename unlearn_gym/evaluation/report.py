@@ -19,6 +19,19 @@ from unlearn_gym.evaluation.tables import estimate_text, markdown_table
 FIGURES = ("forget_rate", "forget_loss", "retain_loss")
 
 
+LOSSES = {
+    "diffusion": "Losses: noise prediction on a fixed grid of (t, noise)",
+    "generator": "Losses: the fake network's noise prediction on a fixed grid of (t, noise)",
+    "vae": "Losses: negative ELBO, nats per pixel without a constant, at ten fixed draws of noise",
+}
+SAMPLING = {
+    "diffusion": "{steps} steps of DPM-Solver++(2M)",
+    "generator": "one step of the generator, where a metric's name says so {steps} of DPM-Solver++(2M)",
+    "vae": "the decoder's means at latents from the prior",
+}
+"""What the protocol says of a model's family."""
+
+
 def write_report(results: Results, out: Path) -> Path:
     """Write ``report.md`` and the pictures beside it; returns the report's path."""
     out.mkdir(parents=True, exist_ok=True)
@@ -89,7 +102,7 @@ def _warnings(results: Results) -> list[str]:
 def draw_pictures(results: Results, out: Path) -> list[Path]:
     """All pictures that the results allow, written to ``out``."""
     drawn = [pictures.draw_front(results, out / "front.png"), pictures.draw_lambdas(results, out / "lambdas.png")]
-    if any(cell.get("profile") for cell in results.of(UNTOUCHED)):
+    if results.family != "vae" and any(cell.get("profile") for cell in results.of(UNTOUCHED)):
         drawn.append(pictures.draw_profile(results, out / "profile.png"))
     if len(pictures.returns_and(results, "retain_loss")[0]) > 1:
         drawn.append(pictures.draw_returns(results, out / "returns.png"))
@@ -192,9 +205,9 @@ def _protocol(results: Results) -> list[str]:
         f"forget gradient rule `{s['forget_grad_rule']}` {s['forget_grad_norm']:g}, 1+s = {s['forget_scale']:g}, clip "
         f"{s['max_grad_norm']}; {results.raw['num_retain']} retain and {results.raw['num_forget']} forget samples.",
         "Every policy of a seed starts from the same weights and sees the same samples, noise and mask uniforms.",
-        "Losses: noise prediction on a fixed grid of (t, noise); retain loss on held-out data. Samples: "
+        f"{LOSSES[results.family]}; retain loss on held-out data. Samples: "
         f"{evaluation['num_forget_samples']} of the forget data's labels, {evaluation['num_quality_samples']} of "
-        f"those to retain; {results.raw['num_inference_steps']} steps of DPM-Solver++(2M), one noise.",
+        f"those to retain; {SAMPLING[results.family].format(steps=results.raw['num_inference_steps'])}, one noise.",
         f"Score: w = {s['potential_retain_coef']:g}. Intervals: 95 % percentile bootstrap over seeds; a reference row "
         "has none.",
     ]

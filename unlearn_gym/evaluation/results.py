@@ -87,6 +87,11 @@ class Results:
         return {c["policy"]: c["metrics"] for c in self.cells if c["policy"] in REFERENCES and c["metrics"]}
 
     @property
+    def family(self) -> str:
+        """The family of the task's models; results of older versions are all of diffusion models."""
+        return str(self.raw.get("family", "diffusion"))
+
+    @property
     def cap(self) -> float | None:
         """The oracle's forget loss, where there is an oracle."""
         return self._reference_losses.get(ORACLE, {}).get("forget_loss")

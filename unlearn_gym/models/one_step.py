@@ -52,7 +52,7 @@ class OneStepModel(nn.Module):
 class OneStepNetwork:
     """Makes a :class:`OneStepModel` around the teacher with the weights at ``teacher``.
 
-    ``retrained``: those of a teacher that never saw the forget data, for the oracle.
+    ``retrained``: those of a teacher that never saw the forget data, for the oracle; ``teacher_task`` is its task.
     """
 
     family: ClassVar[str] = "generator"
@@ -61,6 +61,7 @@ class OneStepNetwork:
     teacher: Path
     retrained: Path | None = None
     start: int = START
+    teacher_task: str = ""
 
     def __call__(self) -> OneStepModel:
         """The model, generator and fake network as copies of the teacher."""

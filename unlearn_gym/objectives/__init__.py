@@ -7,6 +7,7 @@ from unlearn_gym.objectives.base import Context, LambdaRole, Learner, Objective,
 from unlearn_gym.objectives.epsilon import EPSILON_OBJECTIVES, EpsilonObjective
 from unlearn_gym.objectives.latent import LATENT_OBJECTIVES
 from unlearn_gym.objectives.score_forgetting import ScoreForgetting
+from unlearn_gym.settings import RunSettings
 
 __all__ = ["OBJECTIVES", "Context", "EpsilonObjective", "Learner", "Objective", "OwnPasses", "Passes", "get_objective"]
 
@@ -23,12 +24,27 @@ def lambda_role(name: str) -> LambdaRole:
     return next(objectives[name].lambda_role for objectives in OBJECTIVES.values() if name in objectives)
 
 
-def get_objective(family: str, name: str) -> EpsilonObjective | OwnPasses:
-    """The objective ``name`` for models of ``family``; raises :class:`SettingsError` where there is none."""
+def get_objective(family: str, settings: RunSettings) -> EpsilonObjective | OwnPasses:
+    """The objective of ``settings`` for models of ``family``.
+
+    Raises :class:`SettingsError` where there is none of that name, and for settings that only objectives of other
+    families read.
+    """
+    name = settings.objective
     if name not in OBJECTIVES[family]:
         others = [kind for kind, objectives in OBJECTIVES.items() if name in objectives]
         raise SettingsError(
             f"objective={name!r} is for models of the family {' or '.join(others)}, and this task's is of {family}; "
             f"choose {' or '.join(OBJECTIVES[family])}"
         )
-    return OBJECTIVES[family][name]
+    objective = OBJECTIVES[family][name]
+    for kind, objectives in OBJECTIVES.items():
+        options: set[str] = set().union(*(other.own_options for other in objectives.values()))
+        for option in options - objective.own_options:
+            value = getattr(settings, option)
+            if value != RunSettings.model_fields[option].default:
+                raise SettingsError(
+                    f"{option}={value!r} is for models of the family {kind}, and this task's is of {family}; "
+                    "leave it out"
+                )
+    return objective

@@ -27,16 +27,21 @@ class Objective:
             ``"weight"``: the forget term's weight, the retain term's being 1-λ; ``"none"``: it does nothing.
         learns_target: the forget term's error is to fall; its target is another than the data (σ = -1).
         projects: the forget gradient's factor is EraseDiff's, in place of ``forget_grad_rule``.
+        own_options: the run settings that this objective reads and those of other families do not.
     """
 
     lambda_role: LambdaRole = "none"
     learns_target: bool = False
     projects: bool = False
+    own_options: frozenset[str] = frozenset()
 
     @property
     def sign(self) -> float:
         """σ: 1 where the forget term's error is to rise."""
         return -1.0 if self.learns_target else 1.0
+
+    def check(self, data: TaskData, settings: RunSettings) -> None:
+        """Raise ``SettingsError`` for settings that the data does not fit; cheap."""
 
     def prepare(self, data: TaskData, settings: RunSettings) -> Any:
         """What batches need of the data, found once for a run; raises ``SettingsError`` for what does not fit it."""
@@ -89,6 +94,7 @@ class Passes(NamedTuple):
     """What an objective's own passes give: 0-dim losses with their graphs, and the terms to report, without.
 
     The gradients of ``retain`` and ``forget`` are the update's two; that of ``direct``, where there is one, is added.
+    ``lambda_gradients``: dL/dλ by estimator, where that of ``terms`` is not all.
     """
 
     retain: Tensor
@@ -96,16 +102,17 @@ class Passes(NamedTuple):
     terms: siss.SISSTerms
     from_forget: Tensor
     direct: Tensor | None = None
+    lambda_gradients: dict[str, Tensor] | None = None
 
 
 class Learner:
-    """A second network that learns beside the one that a run trains, by an optimizer of its own."""
+    """A second network that learns beside the one that a run trains, by Adam without momentum."""
 
-    def __init__(self, network: nn.Module, optimizer: type[torch.optim.Adam], learning_rate: float) -> None:
+    def __init__(self, network: nn.Module, learning_rate: float) -> None:
         self.flat = FlatParameters(network)
         self.gradient = torch.zeros_like(self.flat.vector.data)
         self._views = self.flat.gradient_views(self.gradient)
-        self.optimizer = optimizer([self.flat.vector], lr=learning_rate, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.Adam([self.flat.vector], lr=learning_rate, betas=(0.0, 0.999), fused=True)
 
     def step(self, loss: Tensor) -> None:
         """One optimizer step down ``loss``, 0-dim."""
@@ -138,6 +145,10 @@ class OwnPasses(Objective):
     def learner(self, model: Any, settings: RunSettings) -> Learner | None:
         """What learns beside it."""
         return None
+
+    def unweighted(self) -> OwnPasses:
+        """The objective whose passes measure both terms unweighted, for ``features="fresh"``."""
+        raise NotImplementedError
 
     def passes(self, model: Any, batch: Batch, lambda_: Tensor, context: Context, learner: Learner | None) -> Passes:
         """The forward passes of one update; ``learner`` takes its step on the way, and None where none is to learn."""

@@ -38,6 +38,11 @@ class LatentObjective(OwnPasses):
 
     rows: Literal["mixture", "both", "retain", "forget"]
     lambda_role: LambdaRole = "none"
+    own_options: frozenset[str] = frozenset({"kl_coef", "encoder_gradient"})
+
+    def unweighted(self) -> OwnPasses:
+        """Each side's bound from its own posterior."""
+        return LatentObjective("both")
 
     def passes(self, model: Any, batch: Batch, lambda_: Tensor, context: Context, learner: Learner | None) -> Passes:
         """Encode both sides, draw, decode and weigh."""
@@ -101,8 +106,12 @@ def _each_from_its_own(model: Any, batch: Batch, rows: str, context: Context) ->
             sides.append(Side(x, mean, posterior, torch.ones_like(batch.uniforms)))
         else:
             sides.append(Side(x, x, Posterior(*torch.zeros(2, len(x), 1).to(x)), torch.zeros_like(batch.uniforms)))
-    from_forget = torch.full_like(batch.uniforms, rows == "forget", dtype=torch.bool)
-    return _losses(sides, model.config.std, from_forget, context)
+    shown = [
+        torch.full_like(batch.uniforms, side == "forget", dtype=torch.bool)
+        for side in ("retain", "forget")
+        if rows in ("both", side)
+    ]
+    return _losses(sides, model.config.std, torch.cat(shown), context)
 
 
 class Side(NamedTuple):

@@ -58,14 +58,17 @@ class ScoreDraw(NamedTuple):
     fake_timesteps: Tensor
 
 
-def override_pairs(kept: list[int], forgotten: list[int], chosen: dict[int, int] | None) -> list[int]:
-    """The override of each of ``forgotten``: the ``chosen`` one, or the next kept class, cyclically.
+def override_pairs(kept: list[int], forgotten: list[int], pairs: tuple[tuple[int, int], ...] | None) -> list[int]:
+    """The override of each of ``forgotten``: the one in ``pairs``, or the next kept class, cyclically.
 
-    Raises :class:`SettingsError` for one that is itself forgotten or unknown, and for pairs of other classes.
+    Raises :class:`SettingsError` for one that is itself forgotten or unknown, and for pairs of kept classes. Pairs of
+    classes that are neither serve other instances, which forget more.
     """
-    chosen = chosen or {}
+    if not kept:
+        raise SettingsError(f"objective='sfd' needs a class to keep; all of {forgotten} are to be forgotten")
+    chosen = dict(pairs or ())
     for old, new in chosen.items():
-        if old not in forgotten:
+        if old in kept:
             raise SettingsError(f"override_classes: {old} is not forgotten here; the forgotten classes are {forgotten}")
         if new in forgotten:
             raise SettingsError(f"override_classes: {new}, to override {old}, is itself forgotten; take one of {kept}")
@@ -80,14 +83,19 @@ class ScoreForgetting(OwnPasses):
 
     lambda_role = "weight"
     learns_target = True
+    own_options = frozenset({"override_classes", "score_alpha", "hybrid_coef", "fake_learning_rate"})
 
     def trained(self, model: Any) -> nn.Module:
         """The generator."""
         return model.generator
 
     def learner(self, model: Any, settings: RunSettings) -> Learner:
-        """The fake network."""
-        return Learner(model.fake, torch.optim.Adam, settings.fake_learning_rate or settings.learning_rate)
+        """The fake network; by Adam without momentum, as SFD's code has it, whatever the run's own optimizer."""
+        return Learner(model.fake, settings.fake_learning_rate or settings.learning_rate)
+
+    def check(self, data: TaskData, settings: RunSettings) -> None:
+        """Raise :class:`SettingsError` for overrides that cannot be."""
+        self.prepare(data, settings)
 
     def prepare(self, data: TaskData, settings: RunSettings) -> Classes:
         """The classes and their overrides."""
@@ -127,13 +135,13 @@ class ScoreForgetting(OwnPasses):
         coefs = context.retain_coef, context.forget_coef
         retain, forget = (c * (w * x.surrogate).mean() for c, w, x in zip(coefs, weights, scores, strict=True))
         losses = [c * (w * x.divergence).mean() for c, w, x in zip(coefs, weights, scores, strict=True)]
-        direct = self._direct(model, batch, lambda_, context) if s.hybrid_coef > 0 else None
-        loss = losses[0] + s.forget_scale * losses[1] + (0.0 if direct is None else direct.detach())
-        nothing = samples[0].detach()[:0]
+        nothing, both = samples[0].detach()[:0], torch.arange(2, device=lambda_.device).bool()
+        loss = losses[0] + s.forget_scale * losses[1]
         terms = siss.SISSTerms(
             losses[0], losses[1], loss, scores[0].divergence, scores[1].divergence, *weights, nothing, nothing
         )
-        return Passes(retain, forget, terms, torch.zeros_like(batch.uniforms, dtype=torch.bool), direct)
+        passes = Passes(retain, forget, terms, both)
+        return self._with_siss(passes, model, batch, lambda_, context) if s.hybrid_coef > 0 else passes
 
     def _fake_loss(
         self, model: Any, samples: list[Tensor], draws: tuple[ScoreDraw, ...], alphas_cumprod: Tensor
@@ -154,10 +162,22 @@ class ScoreForgetting(OwnPasses):
             teacher_labels=draw.teacher_labels, fake_labels=draw.labels, alpha=alpha,
         )  # fmt: skip
 
-    def _direct(self, model: Any, batch: Batch, lambda_: Tensor, context: Context) -> Tensor:
-        """H L_SISS of the generator's network on real pairs at its own timestep."""
+    def _with_siss(self, passes: Passes, model: Any, batch: Batch, lambda_: Tensor, context: Context) -> Passes:
+        """``passes`` and h L_SISS of the generator's network on real pairs at its own timestep."""
         s, start = context.settings, torch.full_like(batch.timesteps, model.start)
         draw = mix(batch._replace(timesteps=start), context.alphas_cumprod, lambda_)
         pred = model.generator(draw.x_t, draw.timesteps, draw.labels)
-        coefs = {"retain_coef": context.retain_coef, "forget_coef": context.forget_coef}
-        return s.hybrid_coef * siss.siss_terms(pred, draw.targets, forget_scale=s.forget_scale, **coefs).siss_loss
+        options = {
+            "retain_coef": context.retain_coef,
+            "forget_coef": context.forget_coef,
+            "forget_scale": s.forget_scale,
+        }
+        direct = siss.siss_terms(pred, draw.targets, **options)
+        with torch.no_grad():
+            own = self.lambda_gradients(passes.terms, passes.from_forget, lambda_, **options)
+            added = siss.lambda_gradients(direct, draw.from_forget, lambda_, **options)
+            slopes = {name: value + s.hybrid_coef * added[name] for name, value in own.items()}
+            terms = passes.terms._replace(siss_loss=passes.terms.siss_loss + s.hybrid_coef * direct.siss_loss)
+        return passes._replace(
+            terms=terms, direct=s.hybrid_coef * direct.siss_loss, from_forget=draw.from_forget, lambda_gradients=slopes
+        )

@@ -94,7 +94,7 @@ def existing_sources(spec: str, task: str) -> list[Path]:
 def _task_files(name: str) -> list[Path]:
     task = get_task(name)
     constants = [folder / "constants.json" for folder in (task.assets, task.pretrained_path.parent)]
-    return [task.pretrained_path, *(path for path in dict.fromkeys(constants) if path.is_file())]
+    return [task.pretrained_path, *task.weights_within, *(path for path in dict.fromkeys(constants) if path.is_file())]
 
 
 def _lambdas(spec: str, arguments: list[str], context: PolicyContext, count: int) -> list[float]:

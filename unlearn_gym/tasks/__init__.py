@@ -127,7 +127,9 @@ def make_sfd_mnist_digits(digits: tuple[int, ...], name: str) -> Task:
         teacher,
         name=name,
         description=f"one-step generator of class-conditional MNIST: forget {', '.join(map(str, digits))}",
-        network=OneStepNetwork(teacher.network, teacher.pretrained_path, teacher.oracle_path),
+        network=OneStepNetwork(
+            teacher.network, teacher.pretrained_path, teacher.oracle_path, teacher_task=teacher.name
+        ),
         **_member_folders("sfd-mnist-digits", digits, name),
         settings=RunSettings(
             objective="sfd", learning_rate=3e-5, horizon=100, dataset_factors="none", forget_grad_rule="loss"

@@ -18,6 +18,7 @@ from unlearn_gym.diffusion import ScheduleConfig
 from unlearn_gym.errors import DataError, TaskError, WeightsError
 from unlearn_gym.families import Family, family_of
 from unlearn_gym.models import MLPConfig, UNetConfig, VAEConfig, build_network
+from unlearn_gym.models.one_step import OneStepNetwork
 from unlearn_gym.models.weights import load_weights
 from unlearn_gym.settings import RunSettings, describe_validation_error
 from unlearn_gym.tasks.data import TaskData
@@ -109,9 +110,20 @@ class Task:
         return (self.oracle_assets or self.assets) / "oracle.safetensors"
 
     @property
+    def weights_within(self) -> list[Path]:
+        """Files of weights that the network is built around: a one-step generator's teacher."""
+        return [self.network.teacher] if isinstance(self.network, OneStepNetwork) else []
+
+    @property
     def oracle_remedy(self) -> str:
         """How to get an oracle, in words."""
-        return f"train it with {self._command('pretrain', '--retain-only', '--out', str(self.oracle_path.parent))}"
+        network, first = self.network, ""
+        if isinstance(network, OneStepNetwork) and network.retrained and not network.retrained.is_file():
+            folder = network.retrained.parent
+            teacher = f"unlearn-gym pretrain --task {network.teacher_task} --retain-only --out {folder}"
+            first = f"its teacher with '{teacher}', then "
+        own = self._command("pretrain", "--retain-only", "--out", str(self.oracle_path.parent))
+        return f"train {first}it with {own}"
 
     def check_pretrained(self) -> None:
         """Raise :class:`WeightsError` with all commands to be run where a ``user_made`` task lacks its weights."""
