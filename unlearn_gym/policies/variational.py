@@ -50,7 +50,8 @@ class VariationalPolicy:
     dL_SISS/dλ is the run's, by ``estimator``: ``"pathwise"`` is the paper's reparameterisation (biased: it
     pushes λ down), ``"score_function"`` is unbiased and has expectation zero (but where λ is an objective's weight),
     ``"kl_only"`` is what the authors' public code does (the loss detached), so that λ tends to the prior.
-    The network starts anew with every episode, unless a trained one is given: that one stays as it is, and only z is drawn.
+    The network starts anew with every episode, unless a trained one is given: that one stays as it is, and only z is
+    drawn.
 
     Args:
         context: the environment's λ range and how its observation ends.
