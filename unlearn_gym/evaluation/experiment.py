@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from unlearn_gym.errors import ResultsError, UnlearnGymError
 from unlearn_gym.evaluation.catalogue import BY_NAME
-from unlearn_gym.evaluation.cell import REFERENCES
+from unlearn_gym.evaluation.cell import REFERENCES, UNTOUCHED
 from unlearn_gym.evaluation.comparison import Comparison, finished_cells, run_comparison
 from unlearn_gym.evaluation.judge import EvaluationSettings
 from unlearn_gym.evaluation.report import MERITS, hours, reward_correlations, write_report
@@ -33,7 +33,9 @@ from unlearn_gym.settings import describe_validation_error
 EXPERIMENTS = Path("configs/experiments")
 BESIDE_ORACLE = (
     "forget_rate", "forget_loss", "retain_loss", "feature_kid", "class_accuracy", "oracle_error", "score",
+    "multi_step_forget_rate", "multi_step_kid", "multi_step_accuracy",
 )  # fmt: skip
+"""Columns of a task's methods, as far as any of them has a value."""
 ACROSS = ("forget_rate", "forget_loss", "retain_loss", "score", "mean_lambda")
 Progress = Callable[[str], Callable[[dict[str, Any] | None, int, int], None]]
 
@@ -224,7 +226,9 @@ def methods(arms: dict[str, Results]) -> list[str]:
 
 def _beside(arms: dict[str, Results]) -> Table:
     """The references once, then a row for every policy of every arm."""
-    metrics, rows, seen = [BY_NAME[name] for name in BESIDE_ORACLE], [], set()
+    measured = {name for results in arms.values() for cell in results.of(UNTOUCHED) for name in cell["metrics"]}
+    metrics = [BY_NAME[name] for name in BESIDE_ORACLE if name in measured or name == "score"]
+    rows, seen = [], set()
     for arm, results in arms.items():
         for policy in results.policies:
             label = "–" if policy in REFERENCES else arm
