@@ -233,7 +233,7 @@ def test_after_the_commands_of_the_refusal_the_task_runs(trained, root):
     for options in ({}, {"reward": "potential", "potential_cap": 10.0}, {"observation": "extended"}):
         env = SISSUnlearnEnv(trained, data_root=root, horizon=2, batch_size=4, render_mode="rgb_array", **options)
         obs, _ = env.reset(seed=0)
-        assert obs.shape == ((11,) if "observation" in options else (6,))
+        assert obs.shape == ((12,) if "observation" in options else (6,))
         obs, reward, terminated, _, info = env.step(np.array([0.5], dtype=np.float32))
         assert np.isfinite([*obs, reward]).all()
         assert not terminated

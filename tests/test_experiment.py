@@ -65,7 +65,7 @@ def test_a_merging_experiment_brings_runs_of_equal_settings_together(folder):
     for name in ("one", "two"):
         run(name)
     page = run("both").read_text()
-    first, second = page.split("## The return against what is wanted")
+    first, _, second = page.split("\n## ")
     rows = [line.split("|")[2].strip() for line in first.splitlines() if line.startswith("| gaussians-2d-horizon-3 |")]
     assert rows == ["untouched", "oracle", "static:0.3", "prior", "random"]
     assert "| gaussians-2d-horizon-3 | " in second
@@ -85,7 +85,8 @@ def test_shipped_experiments_are_sound(path):
         for comparison in experiment.comparisons(None, quick=quick).values():
             assert comparison.seeds
             comparison.evaluation.validate()
-            assert get_task(comparison.task).oracle_path.is_file()
+            task = get_task(comparison.task)
+            assert task.oracle_path.is_file() or comparison.task == "sfd-mnist-digits:3,7"  # forgetting, not scored
     assert set(experiment.merge) <= {p.stem for p in SHIPPED}
 
 

@@ -300,12 +300,12 @@ def test_the_full_data_is_read_through_torchvision(tmp_path):
 def test_a_task_of_ones_own_runs_and_a_name_is_taken_once(tmp_path):
     from unlearn_gym.envs import SISSUnlearnEnv
 
-    mine = dataclasses.replace(TASK, name="mine", network=lambda: build_network(MLPConfig()))
+    mine = dataclasses.replace(TASK, name="alone", network=lambda: build_network(MLPConfig()))
     register_task(mine)
     register_task(mine)
-    with pytest.raises(TaskError, match="'mine' is registered"):
+    with pytest.raises(TaskError, match="'alone' is registered"):
         register_task(dataclasses.replace(mine, description="another"))
-    env = SISSUnlearnEnv("mine", horizon=2)
+    env = SISSUnlearnEnv("alone", horizon=2)
     env.reset(seed=0)
     assert env.step(0.5)[0].shape == (6,)
     bare = dataclasses.replace(mine, name="bare", assets=tmp_path)
