@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from unlearn_gym import sfd
 from unlearn_gym.errors import TaskError, WeightsError
 from unlearn_gym.files import sha256, write_json
-from unlearn_gym.models.flat import FlatParameters, optimizer_state
+from unlearn_gym.models.flat import optimizer_state
 from unlearn_gym.models.one_step import OneStepNetwork
 from unlearn_gym.models.weights import read_tensors, save_weights
+from unlearn_gym.objectives import Learner
 from unlearn_gym.objectives.score_forgetting import SCORE_TIMESTEPS
 from unlearn_gym.pretraining import make_folder, one_cycle
 from unlearn_gym.tasks import Task
@@ -43,32 +44,23 @@ class DistillationSettings(BaseModel):
     checkpoint_every: int = Field(250, ge=1)
 
 
-class _Network:
-    """A network that learns, its optimizer and its averaged copy."""
+class _Network(Learner):
+    """A learner with an averaged copy."""
 
     def __init__(self, network: nn.Module) -> None:
-        self.flat = FlatParameters(network)
-        self.gradient = torch.zeros_like(self.flat.vector.data)
-        self.flat.vector.grad = self.gradient
-        self._views = self.flat.gradient_views(self.gradient)
+        super().__init__(network, learning_rate=1.0)
         self.average = self.flat.vector.detach().clone()
-        self.optimizer = torch.optim.Adam([self.flat.vector], lr=1.0, betas=(0.0, 0.999), fused=True)
 
-    def step(self, loss: Tensor, learning_rate: float, decay: float) -> None:
-        self.gradient.zero_()
-        self.flat.point_gradients(self._views)
-        torch.autograd.backward(loss, inputs=self.flat.parameters)
-        self.flat.point_gradients(None)
-        nn.utils.clip_grad_norm_([self.flat.vector], 1.0)
+    def descend(self, loss: Tensor, learning_rate: float, decay: float) -> None:
         self.optimizer.param_groups[0]["lr"] = learning_rate
-        self.optimizer.step()
+        self.step(loss, max_grad_norm=1.0)
         self.average.lerp_(self.flat.vector.detach(), 1 - decay)
 
-    def state(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         state = optimizer_state(self.optimizer, self.flat.vector)
         return {"vector": self.flat.vector, "average": self.average, **{f"optimizer.{k}": v for k, v in state.items()}}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def load(self, state: dict[str, Tensor]) -> None:
         with torch.no_grad():
             self.flat.vector.copy_(state["vector"])
             self.average.copy_(state["average"])
@@ -104,12 +96,12 @@ class Distillation:
         rate, decay = one_cycle(self.done / s.updates), min(s.ema_decay, (1 + self.done) / (10 + self.done))
         samples = sfd.generate(model.generator, noises[0], labels, ac, model.start)
         fake_loss = sfd.denoising_loss(model.fake, samples.detach(), labels, noises[1], fake_timesteps, ac)
-        self.networks["fake"].step(fake_loss, rate * s.fake_learning_rate, decay)
+        self.networks["fake"].descend(fake_loss, rate * s.fake_learning_rate, decay)
         terms = sfd.score_terms(
             samples, noises[2], timesteps, ac, teacher=model.teacher, fake=model.fake,
             teacher_labels=labels, fake_labels=labels, alpha=s.score_alpha,
         )  # fmt: skip
-        self.networks["generator"].step(terms.surrogate.mean(), rate * s.learning_rate, decay)
+        self.networks["generator"].descend(terms.surrogate.mean(), rate * s.learning_rate, decay)
         self.done += 1
         return terms.divergence.mean(), fake_loss.detach()
 
@@ -122,7 +114,7 @@ class Distillation:
 
     def save(self, path: Path) -> None:
         """Write everything that :meth:`load` needs to continue exactly here."""
-        states = {f"{name}.{k}": v for name, n in self.networks.items() for k, v in n.state().items()}
+        states = {f"{name}.{k}": v for name, n in self.networks.items() for k, v in n.tensors().items()}
         more = {"done": torch.tensor(self.done), "rng": self.generator.get_state(), "fingerprint": self.fingerprint}
         save_weights(path, states | more)
 
@@ -135,7 +127,7 @@ class Distillation:
                 "or remove it"
             )
         for name, network in self.networks.items():
-            network.restore({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
+            network.load({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
         self.generator.set_state(tensors["rng"])
         self.done = int(tensors["done"])
 

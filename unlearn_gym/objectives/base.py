@@ -114,13 +114,15 @@ class Learner:
         self._views = self.flat.gradient_views(self.gradient)
         self.optimizer = torch.optim.Adam([self.flat.vector], lr=learning_rate, betas=(0.0, 0.999), fused=True)
 
-    def step(self, loss: Tensor) -> None:
-        """One optimizer step down ``loss``, 0-dim."""
+    def step(self, loss: Tensor, max_grad_norm: float | None = None) -> None:
+        """One optimizer step down ``loss``, 0-dim, its gradient clipped at ``max_grad_norm``."""
         self.gradient.zero_()
         self.flat.point_gradients(self._views)
         torch.autograd.backward(loss, inputs=self.flat.parameters)
         self.flat.point_gradients(None)
         self.flat.vector.grad = self.gradient
+        if max_grad_norm is not None:
+            nn.utils.clip_grad_norm_([self.flat.vector], max_grad_norm)
         self.optimizer.step()
         self.flat.vector.grad = None
 
