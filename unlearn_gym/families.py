@@ -24,8 +24,6 @@ class Diffusion:
     """
 
     name: ClassVar[str] = "diffusion"
-    has_timesteps: ClassVar[bool] = True
-    """Whether errors depend on ``timesteps``."""
 
     def noise_shape(self, model: Any, sample_shape: torch.Size) -> tuple[int, ...]:
         """Shape of the noise of one sample."""
@@ -68,7 +66,6 @@ class VAE:
     """Variational autoencoders (:mod:`unlearn_gym.elbo`); timesteps and schedules are nothing to them."""
 
     name: ClassVar[str] = "vae"
-    has_timesteps: ClassVar[bool] = False
 
     def noise_shape(self, model: Any, sample_shape: torch.Size) -> tuple[int, ...]:
         """Shape of a latent."""

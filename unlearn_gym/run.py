@@ -100,7 +100,6 @@ class UnlearningRun:
         self.family = family_of(model)
         self.objective = get_objective(self.family.name, settings)
         self.data = data.to(device)
-        self.objective.check(self.data, settings)
         self._prepared = self.objective.prepare(self.data, settings)
         self._noise_shape = self.family.noise_shape(model, data.retain.shape[1:])
         self.alphas_cumprod = alphas_cumprod.to(device)
