@@ -26,6 +26,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from agents.callbacks import UnlearnScalars
 from agents.config import ALGORITHMS, algorithm_class, load_config
 from agents.enjoy import enjoy
+from agents.main import run_command
 from agents.train import train as train_command
 from agents.training import FIRST_VALIDATION_SEED, Plan, read_stages, static_returns, train_agent
 from unlearn_gym.envs import SISSUnlearnEnv
@@ -454,9 +455,19 @@ def test_a_value_that_the_algorithm_refuses_is_one_line():
         (["--option", "backend=serial"], "'backend' is no run setting"),
     ],
 )
-def test_bad_arguments_are_one_line_and_leave_nothing_behind(arguments, message, tmp_path):
-    done = train(*arguments, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr.strip().splitlines()[-1]
-    assert "Traceback" not in done.stderr
+def test_bad_arguments_are_one_line_and_leave_nothing_behind(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["agents.train", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        run_command("train", train_command)
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2, printed
+    assert message in printed.strip().splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_bad_arguments_of_the_command_itself(tmp_path):
+    done = train("--n-envs", "0", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("agents.train: n_envs=0")
+    assert "Traceback" not in done.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from unlearn_gym.cli import COMMANDS, main
 
 
 def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -49,15 +49,25 @@ def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["evaluate", "oracle", "--task", "mnist-tshirt", "--inception-weights", "x.pth"], "is not torch-fidelity's"),
     ],
 )
-def test_bad_input_is_one_line_status_2_and_leaves_nothing_behind(arguments, message, tmp_path, monkeypatch):
+def test_bad_input_is_one_line_status_2_and_leaves_nothing_behind(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("UNLEARN_GYM_DATA_ROOT", raising=False)
-    done = cli(*arguments, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    line = done.stderr.strip().splitlines()[-1]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["unlearn-gym", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2, printed
+    line = printed.strip().splitlines()[-1]
     assert line.startswith("unlearn-gym: ")
     assert message in line
-    assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_of_the_installed_command(tmp_path):
+    done = cli("compare", "--jobs", "0", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.strip().splitlines()[-1].startswith("unlearn-gym: jobs=0")
+    assert "Traceback" not in done.stderr
 
 
 def test_compare_and_report_from_the_command_line(tmp_path):
@@ -111,8 +121,9 @@ def test_a_model_is_evaluated_from_its_file(tmp_path):
     assert "inception_fid not measured: Inception features are of images" in done.stdout
 
 
-def test_help_lists_every_command(tmp_path):
-    from unlearn_gym.cli import COMMANDS
-
-    text = cli("--help", cwd=tmp_path).stdout
+def test_help_lists_every_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["unlearn-gym", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    text = capsys.readouterr().out
     assert [command for command in COMMANDS if command not in text] == []

@@ -210,9 +210,7 @@ def test_another_spelling_of_a_member_is_the_same_comparison():
 
 
 def test_few_forget_samples_still_make_a_picture(tmp_path):
-    comparison = Comparison(
-        "mnist-tshirt", ("static:0.5",), (0,), {"horizon": 1}, EvaluationSettings(10, 200, num_inference_steps=2)
-    )
+    comparison = Comparison("vae-mnist-trousers", ("static:0.5",), (0,), {"horizon": 1}, EvaluationSettings(10, 200))
     write_report(run_comparison(comparison, tmp_path), tmp_path)
     assert (tmp_path / "samples.png").exists()
 
