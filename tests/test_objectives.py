@@ -232,6 +232,12 @@ def test_settings_that_do_not_go_together_are_named(options, message):
         RunSettings(forget_grad_rule="relative_norm").override(**options)
 
 
+@pytest.mark.parametrize(("task", "objective"), [("gaussians-2d", "retrack"), ("sfd-mnist-digits", "sfd")])
+def test_a_rule_that_would_undo_lambda_is_refused(make_run, task, objective):
+    with pytest.raises(SettingsError, match=r"λ is the forget term's weight there, .*take forget_grad_rule='loss'"):
+        make_run(task, objective=objective, forget_grad_rule="relative_norm")
+
+
 def test_the_variance_policy_needs_a_mixture():
     context = PolicyContext("gaussians-2d", 0.1, 0.9, 10, objective="retrack")
     with pytest.raises(PolicyError, match="needs an objective that draws from a mixture"):

@@ -173,7 +173,7 @@ def test_data_that_does_not_fit_together_is_refused():
         TaskData(torch.zeros(3, 2), torch.zeros(3, 5), torch.zeros(3, 2))
     with pytest.raises(DataError, match="not finite"):
         TaskData(torch.zeros(3, 2), torch.full((3, 2), torch.nan), torch.zeros(3, 2))
-    with pytest.raises(DataError, match="give labels for all sets or for none"):
+    with pytest.raises(DataError, match="the retain set has labels and the forget set none"):
         TaskData(torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64))
 
 
@@ -311,7 +311,7 @@ def test_a_task_of_ones_own_runs_and_a_name_is_taken_once(tmp_path):
     bare = dataclasses.replace(mine, name="bare", assets=tmp_path)
     with pytest.raises(WeightsError, match="task 'bare': no weights at"):
         bare.pretrained_model()
-    with pytest.raises(TaskError, match="calibrate --task bare"):
+    with pytest.raises(TaskError, match=r"run unlearn_gym\.calibration\.calibrate in Python"):
         _ = bare.constants
     (tmp_path / "constants.json").write_text('{"retain_loss": -1}')
     with pytest.raises(TaskError, match="measure it again"):

@@ -88,7 +88,7 @@ def test_without_an_oracle_there_is_no_score_and_still_a_report(tmp_path):
     assert table.values("prior", "score") == {}
     assert table.best_static == "static:0.5"
     assert tables.against_best_static(table) == ([], [])
-    assert "No retrained oracle: no score" in write_report(table, tmp_path).read_text()
+    assert "No score: no retrained oracle." in write_report(table, tmp_path).read_text()
 
 
 def test_a_clear_difference_is_starred_and_noise_is_not():
@@ -186,6 +186,21 @@ def test_efforts_tell_the_training_beside_the_run():
 )
 def test_each_signature_of_failure_is_a_warning(made, expected):
     assert any(expected in line for line in warnings(results(made)))
+
+
+def test_a_side_that_the_objective_leaves_out_has_no_concentrated_weights():
+    assert warnings(results(cell("static:0.5", ess=0.0))) == []
+
+
+@pytest.mark.parametrize("objective", ["siss", "naive", "retrack", "erasediff"])
+def test_a_report_says_what_was_minimised_and_what_lambda_was(objective, tmp_path):
+    table = results(*seeds("static:0.5", [0.3, 0.4]), *seeds("prior", [0.3, 0.4]), oracle=False)
+    made = Results({**table.raw, "settings": {**SETTINGS, "objective": objective}, "command": ""})
+    text = write_report(made, tmp_path).read_text()
+    assert f"objective `{objective}`: λ " in text
+    assert ("λ does nothing" in text) == (objective in ("naive", "erasediff"))
+    assert ("forget gradient rule" in text) == (objective != "erasediff")
+    assert "Made from Python with torch 0" in text
 
 
 def test_a_sound_run_and_a_static_lambda_at_its_bound_are_no_failure():

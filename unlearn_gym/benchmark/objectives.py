@@ -106,8 +106,8 @@ def _one_step_passes(
 
 
 def options_of(name: str) -> dict[str, Any]:
-    """The settings of objective ``name``: a task's own, but for the rule that NegGrad refuses."""
-    return {"objective": name} | ({"forget_grad_rule": "loss"} if name == "neggrad" else {})
+    """The settings of objective ``name``: a task's own, but for the rule that NegGrad and ReTrack refuse."""
+    return {"objective": name} | ({"forget_grad_rule": "loss"} if name in ("neggrad", "retrack") else {})
 
 
 def contestants(task: str, device: str) -> dict[str, Callable[[], Any]]:

@@ -144,7 +144,8 @@ def evaluate(
     chosen = get_task(task)
     settings = _evaluation(forget_samples, quality_samples, likelihood_samples, inception_weights)
     settings.validate()
-    result = Evaluator(chosen, load_data(chosen, data_root), settings).evaluate(final_model(chosen, weights))
+    model = final_model(chosen, weights)
+    result = Evaluator(chosen, load_data(chosen, data_root), settings).evaluate(model)
     table = Table("metric", "value", "better", "what it is", title=f"{weights} of {task}")
     for m in METRICS:
         if m.name in result.metrics:

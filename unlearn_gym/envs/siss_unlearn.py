@@ -58,8 +58,9 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     arXiv 2512.01054, section 5.3. ``env.unwrapped.run`` is the live :class:`unlearn_gym.run.UnlearningRun`.
 
     ## Action Space
-    ``Box(lambda_min, lambda_max, (1,), float32)``: λ, the probability of drawing the forget sample; by
-    default in [0.1, 0.9]. For agents that want [-1, 1], wrap the environment in
+    ``Box(lambda_min, lambda_max, (1,), float32)``: λ, the probability of drawing the forget sample (for
+    ``objective="retrack"`` and ``"sfd"`` the forget term's weight, for some baselines nothing); by default in
+    [0.1, 0.9]. For agents that want [-1, 1], wrap the environment in
     ``gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))``.
 
     ## Observation Space

@@ -48,7 +48,7 @@ METRICS = (
     Metric(
         "forget_loss", "forget loss", places(4), "oracle", "≥ 0", "3,000", "Ho et al. (2020), eq. 14",
         "noise-prediction loss of the forget set on a fixed grid of ten timesteps, a mean over pixels; of a VAE the "
-        "negative ELBO, nats per pixel without the decoder's constant",
+        "negative ELBO, nats per pixel without the decoder's constant; of a one-step generator its fake network's",
     ),
     Metric(
         "retain_loss", "retain loss", places(4), "lower", "≥ 0", "3,000", "Ho et al. (2020), eq. 14",
@@ -92,7 +92,8 @@ METRICS = (
     Metric(
         "reconstruction_distance", "reconstruction", places(3), "oracle", "0 to √D", "1,000", "–",
         "mean distance, pixels in [0, 1], of forget images noised to 0.3 T and what the model makes of them in ten "
-        "steps: small while it remembers",
+        "steps (of a one-step generator its fake network; of a VAE: images and what it decodes at their mean latents): "
+        "small while it remembers",
     ),
     Metric(
         "membership_auc", "membership AUC", places(3), "oracle", "0 to 1", "6,000", "Yeom et al. (2018)",
@@ -119,7 +120,8 @@ METRICS = (
     ),
     Metric(
         "oracle_error", "oracle error", places(4), "lower", "≥ 0", "4,000", "–",
-        "mean squared difference of the noise predictions (of a VAE: reconstructions) to the oracle's, on forget and "
+        "mean squared difference of the noise predictions (of a VAE: reconstructions; of a one-step generator: "
+        "those of its fake network) to the oracle's, on forget and "
         "held-out retain data",
     ),
     Metric(

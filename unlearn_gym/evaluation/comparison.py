@@ -91,6 +91,7 @@ class Comparison:
             raise ResultsError(f"seed {min(self.seeds)} is negative; seeds begin at 0")
         self.evaluation.validate()
         get_task(self.task).settings.override(**self.options)
+        get_task(self.task).check_pretrained()  # before its data, which may be large
         for policy in self.policies:
             if policy in REFERENCES:
                 raise PolicyError(f"{policy!r} is in every comparison already; leave it out of the policies")

@@ -15,6 +15,7 @@ from unlearn_gym.evaluation.results import Results
 from unlearn_gym.evaluation.signatures import warnings
 from unlearn_gym.evaluation.statistics import spearman
 from unlearn_gym.evaluation.tables import estimate_text, markdown_table
+from unlearn_gym.objectives import OBJECTIVES
 
 FIGURES = ("forget_rate", "forget_loss", "retain_loss")
 
@@ -23,6 +24,11 @@ LOSSES = {
     "diffusion": "Losses: noise prediction on a fixed grid of (t, noise)",
     "generator": "Losses: the fake network's noise prediction on a fixed grid of (t, noise)",
     "vae": "Losses: negative ELBO, nats per pixel without a constant, at ten fixed draws of noise",
+}
+LAMBDA_ROLES = {
+    "mixture": "λ is the probability of drawing the forget sample",
+    "weight": "λ is the forget term's weight, 1-λ the retain term's",
+    "none": "λ does nothing",
 }
 SAMPLING = {
     "diffusion": "{steps} steps of DPM-Solver++(2M)",
@@ -35,6 +41,7 @@ SAMPLING = {
 def write_report(results: Results, out: Path) -> Path:
     """Write ``report.md`` and the pictures beside it; returns the report's path."""
     out.mkdir(parents=True, exist_ok=True)
+    made = f"Made by `{results.raw['command']}`" if results.raw["command"] else "Made from Python"
     sections = [
         f"# Comparison on {results.task}",
         "\n".join(f"{line}  " for line in verdict(results)),
@@ -51,7 +58,7 @@ def write_report(results: Results, out: Path) -> Path:
         *_section("Other metrics", tables.remaining(results), "Means over seeds."),
         "## How it was measured",
         "\n".join(f"- {line}" for line in [*_protocol(results), *_calibration(results), *_absences(results)]),
-        f"Made by `{results.raw['command']}` with {', '.join(f'{k} {v}' for k, v in results.raw['versions'].items())}; "
+        f"{made} with {', '.join(f'{k} {v}' for k, v in results.raw['versions'].items())}; "
         f"{hours(results):.2f} core hours.",
     ]
     path = out / "report.md"
@@ -137,7 +144,7 @@ def verdict(results: Results) -> list[str]:
     lines.append(
         f"Retrained oracle: {figures(ORACLE)}."
         if results.cap is not None
-        else f"No retrained oracle: no score (for one: 'unlearn-gym pretrain --task {results.task} --retain-only')."
+        else f"No score: {results.of(UNTOUCHED)[0].get('absent', {}).get('oracle_error', 'no retrained oracle')}."
     )
     lines.append(f"Forgot most (lowest forget rate, then highest forget loss): **{most}**: {figures(most)}.")
     if results.cap is not None:
@@ -197,13 +204,31 @@ def hours(results: Results) -> float:
     return sum(cell.get(clock, 0.0) for cell in results.cells for clock in clocks) / 3600
 
 
+def _objective_text(results: Results) -> str:
+    """What was minimised, what λ was there, and the options of the model's family."""
+    name = results.settings["objective"]
+    objective = OBJECTIVES[results.family][name]
+    options = [f", `{option}` {results.settings[option]}" for option in sorted(objective.own_options)]
+    return f"objective `{name}`: {LAMBDA_ROLES[objective.lambda_role]}{''.join(options)}"
+
+
+def _rule_text(results: Results) -> str:
+    """The rule for the forget gradient, where the objective does not bring its own."""
+    s = results.settings
+    if OBJECTIVES[results.family][s["objective"]].projects:
+        return ""
+    norm = "" if s["forget_grad_rule"] == "loss" else f" {s['forget_grad_norm']:g}"
+    return f"forget gradient rule `{s['forget_grad_rule']}`{norm}, "
+
+
 def _protocol(results: Results) -> list[str]:
     s, evaluation = results.settings, results.raw["comparison"]["evaluation"]
     lines = [
-        f"Task `{results.task}`, {s['horizon']} updates of {s['optimizer']} at {s['learning_rate']:g}, batch "
+        f"Task `{results.task}`, {_objective_text(results)}.",
+        f"{s['horizon']} updates of {s['optimizer']} at {s['learning_rate']:g}, batch "
         f"{s['batch_size']}, λ in [{s['lambda_min']}, {s['lambda_max']}], data-set factors `{s['dataset_factors']}`, "
-        f"forget gradient rule `{s['forget_grad_rule']}` {s['forget_grad_norm']:g}, 1+s = {s['forget_scale']:g}, clip "
-        f"{s['max_grad_norm']}; {results.raw['num_retain']} retain and {results.raw['num_forget']} forget samples.",
+        f"{_rule_text(results)}1+s = {s['forget_scale']:g}, clip {s['max_grad_norm']}; "
+        f"{results.raw['num_retain']} retain and {results.raw['num_forget']} forget samples.",
         "Every policy of a seed starts from the same weights and sees the same samples, noise and mask uniforms.",
         f"{LOSSES[results.family]}; retain loss on held-out data. Samples: "
         f"{evaluation['num_forget_samples']} of the forget data's labels, {evaluation['num_quality_samples']} of "

@@ -15,6 +15,7 @@ from unlearn_gym.errors import ResultsError
 from unlearn_gym.evaluation.cell import FINETUNE, ORACLE, REFERENCES, UNTOUCHED
 from unlearn_gym.evaluation.matched import Probe, matched_levels
 from unlearn_gym.evaluation.statistics import Estimate, bootstrap_mean
+from unlearn_gym.settings import RunSettings
 
 CELL_FORMAT = 2
 """To be raised when a cell holds more than before or a default changes, so that older ones are run again."""
@@ -48,7 +49,7 @@ class Results:
     def __init__(self, raw: dict[str, Any]) -> None:
         self.raw = raw
         self.task: str = raw["comparison"]["task"]
-        self.settings: dict[str, Any] = raw["settings"]
+        self.settings: dict[str, Any] = RunSettings().model_dump(mode="json") | raw["settings"]  # of older versions too
         self.cells: list[dict[str, Any]] = raw["cells"]
         self.seeds: list[int] = sorted({c["seed"] for c in self.cells if c["policy"] not in REFERENCES})
 
@@ -192,7 +193,10 @@ def merge_results(parts: Sequence[Results], names: Sequence[str]) -> Results:
     for part, name in zip(parts, names, strict=True):
         for what, ours, theirs in _common_ground(part, first):
             if ours != theirs:
-                raise ResultsError(f"{name} and {names[0]} cannot be merged: {what} is {ours} there, {theirs} here")
+                raise ResultsError(
+                    f"{name} and {names[0]} cannot be merged: {what} is {ours} there, {theirs} here; "
+                    "arms of 'unlearn-gym experiment FILE.yaml' may differ (docs/objectives.md)"
+                )
         for cell in part.cells:
             known = cells.setdefault((cell["policy"], cell["seed"]), cell)
             if known is not cell and (known.get("key") != cell.get("key") or known.get("key") is None):

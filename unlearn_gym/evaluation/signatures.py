@@ -8,6 +8,7 @@ import numpy as np
 
 from unlearn_gym.evaluation.cell import FINETUNE, ORACLE, REFERENCES, UNTOUCHED
 from unlearn_gym.evaluation.results import Results
+from unlearn_gym.objectives import lambda_role
 
 BOUND_SHARE = 0.9
 """λ is stuck where so much of the run's second half lies at a bound, within 1 % of the range."""
@@ -23,7 +24,10 @@ def warnings(results: Results) -> list[str]:
         diverged, stuck_lambda, concentrated_weights, damaged_retain, over_forgotten,
     )  # fmt: skip
     found = (check(results, policy) for check in checks for policy in policies)
-    return [line for line in found if line is not None]
+    objective = results.settings["objective"]
+    useless = len(policies) > 1 and lambda_role(objective) == "none"
+    first = [f"λ does nothing under objective `{objective}`: all policies make the same updates."]
+    return [*(first if useless else ()), *(line for line in found if line is not None)]
 
 
 def diverged(results: Results, policy: str) -> str | None:
@@ -52,7 +56,7 @@ def concentrated_weights(results: Results, policy: str) -> str | None:
     for side in ("retain", "forget"):
         traces = results.traces(policy, f"{side}_ess")
         size = float(np.nanmean(traces)) if traces.size and not np.isnan(traces).all() else np.inf
-        if size < MIN_EFFECTIVE_SAMPLES:
+        if 0 < size < MIN_EFFECTIVE_SAMPLES:  # 0: a side that the objective leaves out
             return (
                 f"{policy}: importance weights are concentrated, the {side} gradient of an update comes from "
                 f"{size:.1f} effective samples of {results.settings['batch_size']}."

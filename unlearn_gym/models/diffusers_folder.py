@@ -71,7 +71,7 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(), parse_constant=_refuse_constant)
     except FileNotFoundError:
-        raise WeightsError(f"no {name} in {folder}, so it is no saved pipeline; {SAVE}") from None
+        raise WeightsError(f"no {name} in {folder}, which a saved pipeline has; restore it, or {SAVE}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not readable JSON ({error}); restore it, or {SAVE}") from None
     if not isinstance(value, dict):

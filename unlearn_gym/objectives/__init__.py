@@ -27,24 +27,30 @@ def lambda_role(name: str) -> LambdaRole:
 def get_objective(family: str, settings: RunSettings) -> EpsilonObjective | OwnPasses:
     """The objective of ``settings`` for models of ``family``.
 
-    Raises :class:`SettingsError` where there is none of that name, and for settings that only objectives of other
-    families read.
+    Raises :class:`SettingsError` where there is none of that name, for settings that only objectives of other
+    families read, and for a rule under which λ would change nothing though it is the objective's weight.
     """
     name = settings.objective
     if name not in OBJECTIVES[family]:
         others = [kind for kind, objectives in OBJECTIVES.items() if name in objectives]
         raise SettingsError(
-            f"objective={name!r} is for models of the family {' or '.join(others)}, and this task's is of {family}; "
-            f"choose {' or '.join(OBJECTIVES[family])}"
+            f"objective={name!r} is for models of the family {' or '.join(others)}, and this task's model is of the "
+            f"family {family}; its objectives are {', '.join(OBJECTIVES[family])}"
         )
     objective = OBJECTIVES[family][name]
+    undone = settings.forget_grad_rule == "relative_norm" and not settings.hybrid_coef
+    if objective.lambda_role == "weight" and undone:
+        raise SettingsError(
+            f"objective={name!r} with forget_grad_rule='relative_norm': λ is the forget term's weight there, and the "
+            "rule rescales that term's gradient whatever λ is; take forget_grad_rule='loss'"
+        )
     for kind, objectives in OBJECTIVES.items():
         options: set[str] = set().union(*(other.own_options for other in objectives.values()))
         for option in options - objective.own_options:
             value = getattr(settings, option)
             if value != RunSettings.model_fields[option].default:
                 raise SettingsError(
-                    f"{option}={value!r} is for models of the family {kind}, and this task's is of {family}; "
-                    "leave it out"
+                    f"{option}={value!r} is for models of the family {kind}, and this task's model is of the "
+                    f"family {family}; leave it out"
                 )
     return objective

@@ -18,6 +18,7 @@ from unlearn_gym.tasks.data import TaskData, to_model_range
 from unlearn_gym.tasks.registry import (
     DATA_ROOT_VARIABLE,
     HOME_VARIABLE,
+    SHELL_TASKS,
     FeatureConstants,
     Task,
     TaskFamily,
@@ -221,3 +222,5 @@ register_family(TaskFamily("mnist-digits", num_classes=10, default=(3,), make=ma
 register_family(TaskFamily("sfd-mnist-digits", num_classes=10, default=(3,), make=make_sfd_mnist_digits))
 register_family(TaskFamily("cifar10", num_classes=len(cifar.CLASSES), default=(0,), make=make_cifar10))
 register_family(TaskFamily("gaussians-2d", num_classes=gaussians.NUM_MODES, default=(0,), make=make_gaussians))
+
+SHELL_TASKS.update(task_names())

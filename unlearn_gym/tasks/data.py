@@ -53,7 +53,8 @@ class TaskData:
             if samples.is_floating_point() and not torch.isfinite(samples).all():
                 raise DataError(f"the {name} set holds values that are not finite; remove them")
             if (labels is None) != (self.retain_labels is None):
-                raise DataError(f"{name}_labels: give labels for all sets or for none")
+                has, lacks = ("retain", name) if labels is None else (name, "retain")
+                raise DataError(f"the {has} set has labels and the {lacks} set none; give labels for all sets or none")
             if labels is not None and labels.shape != (len(samples),):
                 raise DataError(f"{name}_labels has shape {tuple(labels.shape)}, needs ({len(samples)},)")
 
@@ -119,9 +120,10 @@ def load_torchvision(name: str, root: Path, *, train: bool, download: bool = Fal
     try:
         dataset = getattr(datasets, name)(root=str(root), train=train, download=download)
     except (RuntimeError, OSError, ValueError, AssertionError) as error:
+        reason = error_line(error).replace(" You can use download=True to download it", "")
+        remedy = "check the connection" if download else "let torchvision fill it with --download"
         raise DataError(
-            f"no usable {name} under {root} ({error_line(error)}); "
-            "name the folder that holds it with --data-root, or let torchvision fill it with --download"
+            f"no usable {name} under {root} ({reason}); name the folder that holds it with --data-root, or {remedy}"
         ) from None
     images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets, dtype=torch.int64)
     return images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous(), labels

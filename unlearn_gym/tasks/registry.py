@@ -138,7 +138,9 @@ class Task:
         )
 
     def _command(self, name: str, *options: str) -> str:
-        """A command of the shell for this task, in quotes."""
+        """What to run for this task: a command of the shell in quotes, or a function where the shell cannot know it."""
+        if self.name.partition(":")[0] not in SHELL_TASKS:
+            return f"{PYTHON_FUNCTIONS[name]} in Python (docs/diffusers.md shows how)"
         data = ("--data-root", "DIR") if self.user_made else ()
         return f"'unlearn-gym {' '.join((name, '--task', self.name, *data, *options))}'"
 
@@ -224,6 +226,10 @@ class TaskFamily:
         return _TASKS[name]
 
 
+SHELL_TASKS: set[str] = set()
+"""Names of the tasks that commands of the shell know: the package's own, which :mod:`unlearn_gym.tasks` registers."""
+PYTHON_FUNCTIONS = {"pretrain": "unlearn_gym.pretraining.pretrain", "calibrate": "unlearn_gym.calibration.calibrate"}
+"""What those commands call."""
 _TASKS: dict[str, Task] = {}
 _FAMILIES: dict[str, TaskFamily] = {}
 
