@@ -5,7 +5,7 @@ set -eu
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
 wheel=$(ls -t "$2"/*.whl | head -n 1)
 size=$(wc -c < "$wheel")
-[ "$size" -lt 48000000 ] || { echo "the wheel has $size bytes, the limit is 48000000"; exit 1; }
+[ "$size" -lt 53000000 ] || { echo "the wheel has $size bytes, the limit is 53000000"; exit 1; }
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "$python" -m zipfile -e "$wheel" "$folder"

@@ -83,10 +83,12 @@ def test_the_results_table_is_that_of_the_committed_results():
     assert results.raw["command"] in README
 
 
-def test_every_table_row_of_the_findings_is_of_a_committed_page():
+@pytest.mark.parametrize(("page", "tables"), [("findings.md", r"\|"), ("objectives.md", r"\| arm \|")])
+def test_every_row_of_a_table_of_results_is_of_a_committed_page(page, tables):
     pages = "\n".join(path.read_text() for path in (ROOT / "docs" / "experiments").rglob("*.md"))
-    rows = [line for line in (ROOT / "docs" / "findings.md").read_text().splitlines() if line.startswith("|")]
-    assert rows
+    blocks = re.findall(rf"^{tables}.*\n(?:\|.*\n)+", (ROOT / "docs" / page).read_text(), flags=re.MULTILINE)
+    rows = [row for block in blocks for row in block.splitlines()]
+    assert len(rows) > 20
     assert [row for row in rows if row not in pages] == []
 
 
