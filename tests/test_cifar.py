@@ -34,6 +34,7 @@ from unlearn_gym.tasks import (
     load_data,
     make_cifar10,
     register_family,
+    registry,
     task_names,
     to_model_range,
     user_folder,
@@ -87,6 +88,8 @@ def tiny(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(HOME_VARIABLE, str(tmp_path_factory.mktemp("home")))
         register_family(TaskFamily("cifar10-tiny", num_classes=10, default=(0,), make=make))
+        shell_tasks = {*registry.SHELL_TASKS, "cifar10-tiny"}  # run_commands stays in this process
+        patch.setattr(registry, "SHELL_TASKS", shell_tasks)
         yield "cifar10-tiny"
 
 

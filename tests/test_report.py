@@ -89,6 +89,7 @@ def test_without_an_oracle_there_is_no_score_and_still_a_report(tmp_path):
     assert table.best_static == "static:0.5"
     assert tables.against_best_static(table) == ([], [])
     assert "No score: no retrained oracle." in write_report(table, tmp_path).read_text()
+    assert any("Forgot most (highest forget loss)" in line for line in verdict(table))
 
 
 def test_a_clear_difference_is_starred_and_noise_is_not():

@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from unlearn_gym.diffusion import grid_timesteps
 from unlearn_gym.envs.rendering import draw_samples
@@ -130,6 +130,8 @@ def draw_profile(results: Results, path: Path) -> Path:
         mean = np.mean(profiles[policy], axis=0) / start
         panel.plot(timesteps, mean, style, color=color(policy), marker=".", label=policy)
     panel.set(xlabel="timestep t", ylabel="forget loss / untouched model's", yscale="log")
+    panel.yaxis.set_major_formatter(LogFormatter())
+    panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # 1.5, where 1.5 × 10⁰ would stand
     shown_of = f", {MAX_LINES} of {len(results.ranked)} policies" if len(results.ranked) > MAX_LINES else ""
     panel.set_title(f"{results.task}: forget loss over timesteps, most forgetful first{shown_of}", fontsize=9)
     figure.legend(loc="outside right center", fontsize=8, frameon=False)

@@ -146,7 +146,8 @@ def verdict(results: Results) -> list[str]:
         if results.cap is not None
         else f"No score: {results.of(UNTOUCHED)[0].get('absent', {}).get('oracle_error', 'no retrained oracle')}."
     )
-    lines.append(f"Forgot most (lowest forget rate, then highest forget loss): **{most}**: {figures(most)}.")
+    order = "lowest forget rate, then highest" if shown[0].name == "forget_rate" else "highest"
+    lines.append(f"Forgot most ({order} forget loss): **{most}**: {figures(most)}.")
     if results.cap is not None:
         cap = results.cap
         closest = min(ranked, key=lambda p: abs(results.estimate(p, "forget_loss").mean - cap))
