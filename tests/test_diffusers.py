@@ -388,6 +388,12 @@ def test_what_is_not_supported_is_named_before_anything_is_written(pipeline, tmp
     assert not (tmp_path / "assets").exists()
 
 
+NOWHERE = {
+    "architecture": "UNet2DConditionModel", "num_classes": 3,
+    "unet": ATTENDING | {
+        "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "mid_block_type": "UNetMidBlock2D"
+    },
+}  # fmt: skip
 TWO_WIDTHS = {"architecture": "UNet2DConditionModel", "unet": ATTENDING | {"cross_attention_dim": [8, 8]}}
 
 
@@ -396,6 +402,12 @@ TWO_WIDTHS = {"architecture": "UNet2DConditionModel", "unet": ATTENDING | {"cros
     [
         ({"num_classes": 2}, "num_classes=2 embeds labels for the cross-attention"),
         (TWO_WIDTHS, "must be one number"),
+        (NOWHERE, "embeds labels for cross-attention, and this network has none"),
+        ({"unet": TINY | {"num_class_embeds": 0}}, "num_class_embeds=0 must be at least 1"),
+        (
+            {"unet": TINY | {"time_embedding_type": "learned", "num_train_timesteps": 100}},
+            "learned embeddings of 100 timesteps, the schedule 1000",
+        ),
         ({"unet": {"f": load_labelled}}, "must hold what JSON knows"),
     ],
 )

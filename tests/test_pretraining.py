@@ -177,6 +177,28 @@ def test_data_that_does_not_fit_together_is_refused():
         TaskData(torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64))
 
 
+@pytest.mark.parametrize(
+    ("retain", "forget", "labels", "message"),
+    [
+        (torch.zeros(2, 1, 4, 4, dtype=torch.int64), None, None, "retain samples are torch.int64; give uint8"),
+        (torch.zeros(2, 3, dtype=torch.float64), None, None, "retain samples are torch.float64"),
+        (torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4, dtype=torch.uint8), None, "retain samples torch.float32"),
+        (torch.full((2, 1, 4, 4), 255.0), None, None, "values up to 255 and must lie in"),
+        (torch.zeros(2, 3), None, torch.zeros(2), "retain_labels is torch.float32; give the numbers of classes"),
+    ],
+)
+def test_data_that_a_network_would_misread_is_refused(retain, forget, labels, message):
+    with pytest.raises(DataError, match=message):
+        TaskData(retain, retain if forget is None else forget, retain, labels, labels, labels)
+
+
+def test_labels_of_any_integers_are_kept_as_int64():
+    points, labels = torch.full((2, 3), 9.0), torch.tensor([0, 7], dtype=torch.uint8)
+    data = TaskData(points, points, points, labels, labels, labels)
+    assert all(found.dtype == torch.int64 for found in (data.retain_labels, data.forget_labels, data.heldout_labels))
+    assert data.retain_labels.tolist() == [0, 7]
+
+
 def test_a_missing_data_root_is_named(tmp_path):
     with pytest.raises(DataError, match=r"data root .* is not a folder"):
         load_data(get_task("mnist-trousers"), tmp_path / "nothing")

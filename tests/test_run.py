@@ -187,6 +187,11 @@ def test_restored_run_continues_bit_for_bit(make_run, task, options):
         np.testing.assert_equal(a.as_dict(), b.as_dict())
 
 
+def test_a_snapshot_of_another_optimizer_is_refused(make_run):
+    with pytest.raises(RunError, match="with optimizer 'sgd', this one has 'adamw'"):
+        make_run().restore(make_run(optimizer="sgd").snapshot())
+
+
 def test_snapshot_restores_into_another_run(make_run):
     run, other = make_run(seed=0), make_run(seed=9)
     for _ in range(4):

@@ -37,7 +37,7 @@ class ScheduleConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_train_timesteps: int = Field(1000, ge=2)
+    num_train_timesteps: int = Field(1000, ge=2, le=1_000_000)
     beta_start: float = Field(1e-4, gt=0, lt=1)
     beta_end: float = Field(0.02, gt=0, lt=1)
     kind: ScheduleKind = "linear"

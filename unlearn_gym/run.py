@@ -44,6 +44,7 @@ class Snapshot:
     """
 
     vector: Tensor
+    optimizer_name: str
     optimizer: dict[str, Tensor]
     buffers: dict[str, Tensor]
     generators: tuple[Tensor, Tensor]
@@ -338,6 +339,7 @@ class UnlearningRun:
         """A copy of the run's state that later updates do not touch."""
         return Snapshot(
             self.flat.vector.detach().clone(),
+            self.settings.optimizer,
             optimizer_state(self.optimizer, self.flat.vector),
             {k: v.clone() for k, v in self.model.named_buffers()},
             (self.generator.get_state(), self.measure_generator.get_state()),
@@ -349,9 +351,18 @@ class UnlearningRun:
         )
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Bring back a :meth:`snapshot` of a run of the same network, exactly."""
+        """Bring back a :meth:`snapshot` of a run of the same network and optimizer, exactly.
+
+        An environment around the run has a state of its own (previous λ, history, potential): to branch an episode,
+        ``copy.deepcopy`` the environment.
+        """
         if snapshot.vector.shape != self.flat.vector.shape:
             raise RunError(f"the snapshot has {len(snapshot.vector)} parameters, this model {len(self.flat.vector)}")
+        if snapshot.optimizer_name != self.settings.optimizer:
+            raise RunError(
+                f"the snapshot is of a run with optimizer {snapshot.optimizer_name!r}, this one has "
+                f"{self.settings.optimizer!r}; give both the same"
+            )
         with torch.no_grad():
             self.flat.vector.copy_(snapshot.vector)
             for name, buffer in self.model.named_buffers():

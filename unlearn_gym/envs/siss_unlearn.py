@@ -94,7 +94,7 @@ standard deviation there; F = 64 for MNIST, 2 for points, 0 without a classifier
 
     ## Rewards
     ``reward="siss"``: ``-L_SISS(λ_t) - smoothness_coef (λ_t - λ_{t-1})²``, as the paper has it. At
-    fixed weights its expectation does not depend on λ, where λ is a mixture's (with ``objective="sfd"`` or
+    fixed weights its expectation does not depend on 0 < λ < 1, where λ is a mixture's (with ``objective="sfd"`` or
     ``"retrack"`` it is a weight, and this reward pays for little of it). ``reward="potential"``: the difference of
     ``Φ = (min(f, cap) - f0)/(cap - f0) - w max(0, r/r0 - 1)``, with f and r the forget and held-out
     retain loss on a fixed probe set, f0 and r0 their start values and cap the forget loss of a

@@ -164,6 +164,15 @@ def _check(config: DiffusersConfig, values: Any) -> None:
             f"{name} has in_channels={inputs} and out_channels={outputs}; they must agree, or, with variance_type "
             "'learned' or 'learned_range' in the scheduler's config, the second be twice the first"
         )
+    embeds = values["num_class_embeds"]
+    if embeds is not None and embeds < 1:
+        raise SettingsError(f"num_class_embeds={embeds} must be at least 1; leave it out for a network without classes")
+    steps = values.get("num_train_timesteps")  # the size of a learned table of time embeddings
+    if values.get("time_embedding_type") == "learned" and steps < config.schedule.num_train_timesteps:
+        raise SettingsError(
+            f"{name} has learned embeddings of {steps} timesteps, the schedule "
+            f"{config.schedule.num_train_timesteps} timesteps; num_train_timesteps of both configs must agree"
+        )
     if name == "UNet2DConditionModel" and not isinstance(values["cross_attention_dim"], int):
         raise SettingsError(
             f"cross_attention_dim={values['cross_attention_dim']!r} is not supported; it must be one number"
@@ -172,6 +181,12 @@ def _check(config: DiffusersConfig, values: Any) -> None:
         raise SettingsError(
             f"num_classes={config.num_classes} embeds labels for the cross-attention of a UNet2DConditionModel "
             "without num_class_embeds; leave it out, or for a UNet2DModel put num_class_embeds into unet"
+        )
+    blocks = (*values["down_block_types"], values.get("mid_block_type"), *values["up_block_types"])
+    if config.num_classes and not any("CrossAttn" in str(block) for block in blocks):
+        raise SettingsError(
+            f"num_classes={config.num_classes} embeds labels for cross-attention, and this network has none; "
+            "leave the class embedding out"
         )
 
 

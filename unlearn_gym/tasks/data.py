@@ -15,6 +15,9 @@ from unlearn_gym.models.weights import read_tensors, save_weights
 
 SIZES = ("retain_size", "forget_size")
 
+IMAGE_LIMIT = 1.001
+"""What float images may reach, with some room for rounding."""
+
 Labelled = tuple[Tensor, Tensor]
 """Samples ``(N, *S)`` and their labels, int64 ``(N,)``."""
 
@@ -23,8 +26,9 @@ Labelled = tuple[Tensor, Tensor]
 class TaskData:
     """Retain set R, forget set F, and data of both kinds that the model never saw: ``heldout`` and ``unseen``.
 
-    Samples are ``(N, *S)``: uint8 images, turned to [-1, 1] by :func:`to_model_range` batch by batch,
-    or float points. Labels are int64 ``(N,)``, or None for an unconditional model. ``retain_size`` and
+    Samples are ``(N, *S)``, in all sets of one dtype: uint8 images, turned to [-1, 1] by :func:`to_model_range` batch
+    by batch, or float32, points or images in [-1, 1]. Labels are integers ``(N,)``, kept as int64, or None for an
+    unconditional model. ``retain_size`` and
     ``forget_size`` are the sizes of the whole sets that the model learned, where ``retain`` and ``forget``
     are only parts of them. ``unseen`` is optional: without it there is no membership-inference metric.
     """
@@ -50,13 +54,33 @@ class TaskData:
                     f"{name} samples have shape {tuple(samples.shape[1:])}, "
                     f"retain samples {tuple(self.retain.shape[1:])}; they must agree"
                 )
-            if samples.is_floating_point() and not torch.isfinite(samples).all():
-                raise DataError(f"the {name} set holds values that are not finite; remove them")
+            self._check_values(name, samples)
             if (labels is None) != (self.retain_labels is None):
                 has, lacks = ("retain", name) if labels is None else (name, "retain")
                 raise DataError(f"the {has} set has labels and the {lacks} set none; give labels for all sets or none")
             if labels is not None and labels.shape != (len(samples),):
                 raise DataError(f"{name}_labels has shape {tuple(labels.shape)}, needs ({len(samples)},)")
+            if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
+                raise DataError(f"{name}_labels is {labels.dtype}; give the numbers of classes, as int64")
+            if labels is not None:
+                object.__setattr__(self, f"{name}_labels", labels.long())
+
+    def _check_values(self, name: str, samples: Tensor) -> None:
+        """Raise :class:`DataError` for samples that networks would take for others than they are."""
+        if samples.dtype not in (torch.uint8, torch.float32):
+            raise DataError(f"{name} samples are {samples.dtype}; give uint8 images of values 0..255, or float32")
+        if samples.dtype != self.retain.dtype:
+            raise DataError(f"{name} samples are {samples.dtype}, retain samples {self.retain.dtype}; they must agree")
+        if samples.dtype == torch.uint8:
+            return
+        if not torch.isfinite(samples).all():
+            raise DataError(f"the {name} set holds values that are not finite; remove them")
+        largest = samples.abs().max().item()
+        if samples.dim() == 4 and largest > IMAGE_LIMIT:
+            raise DataError(
+                f"the {name} images are float32 with values up to {largest:g} and must lie in [-1, 1]; scale them, "
+                "or give uint8 images of values 0..255"
+            )
 
     def save(self, path: Path, **more: Tensor) -> None:
         """Write everything, and ``more`` tensors, to a safetensors file that other processes can map."""

@@ -144,6 +144,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise WeightsError(f"{path} is not JSON ({error}); remove it") from None
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} is not readable JSON ({error}); remove it, or choose another assets") from None
     return value if isinstance(value, dict) else {}
