@@ -416,6 +416,21 @@ def test_configs_that_cannot_be_served_are_refused(change, message):
         DiffusersConfig(**({"unet": TINY} | change))()
 
 
+@pytest.mark.parametrize("change", [{"prediction_type": "v_prediction"}, {"schedule": ScheduleConfig(kind="cosine")}])
+def test_weights_of_another_prediction_type_or_schedule_are_refused(saved, tmp_path, change):
+    diffusers_task("imported", saved, load_unlabelled, tmp_path)
+    other = DiffusersConfig(unet=TINY, schedule=ScheduleConfig(num_train_timesteps=T)).model_copy(update=change)
+    with pytest.raises(WeightsError, match="holds the weights of another network"):
+        diffusers_task("other", other, load_unlabelled, tmp_path)
+
+
+def test_learned_variances_are_read_from_the_scheduler(tmp_path):
+    folder = save_pipeline(tmp_path / "pipeline", TINY | {"out_channels": 2}, variance_type="learned_range")
+    model = diffusers_task("two", folder, load_unlabelled, tmp_path / "assets").pretrained_model()
+    assert model.config.learned_variance
+    assert model(torch.zeros(2, 1, 8, 8), torch.tensor([0, T - 1])).shape == (2, 1, 8, 8)
+
+
 def test_weights_of_another_network_are_refused(pipeline, tmp_path):
     edit(pipeline / "unet/config.json", block_out_channels=[8, 24])
     with pytest.raises(WeightsError, match="made for another network"):

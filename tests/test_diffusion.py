@@ -96,3 +96,9 @@ def test_the_grid_loss_against_another_predictor_is_their_mean_squared_differenc
     generator = torch.Generator().manual_seed(0)
     losses = grid_loss(constant(1.0), x, ALPHAS, generator=generator, target=constant(-0.5))
     torch.testing.assert_close(losses, torch.full((10, 5), 2.25))
+
+
+@pytest.mark.parametrize(("options", "reached"), [({"beta_start": 1e-9}, 1), ({"beta_end": 0.999}, 0)])
+def test_a_schedule_whose_noise_level_reaches_an_end_is_refused(options, reached):
+    with pytest.raises(ValueError, match=f"ᾱ reaches {reached} in float32"):
+        ScheduleConfig(**options)

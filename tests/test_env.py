@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import pickle
@@ -11,14 +12,17 @@ import warnings
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 from gymnasium.wrappers import RescaleAction
 from stable_baselines3.common.env_checker import check_env as sb3_check
 
 import unlearn_gym
+from unlearn_gym.diffusion import ScheduleConfig
+from unlearn_gym.envs.rendering import image_grid
 from unlearn_gym.errors import ActionError, SettingsError, TaskError
 from unlearn_gym.run import UnlearningRun
-from unlearn_gym.tasks import get_task, load_data
+from unlearn_gym.tasks import get_task, load_data, register_task
 
 from .conftest import TASKS
 
@@ -254,6 +258,22 @@ def test_a_frame_is_a_picture_that_changes_with_the_run(task):
     assert first.dtype == np.uint8
     assert (first != second).any()
     assert first.std() > 10
+
+
+def test_a_schedule_shorter_than_the_samplers_steps_is_rendered_and_evaluated_in_fewer():
+    short = dataclasses.replace(
+        get_task("gaussians-2d"), name="short", schedule=ScheduleConfig(num_train_timesteps=10, beta_end=0.5)
+    )
+    assert short.num_inference_steps == 10
+    register_task(short)
+    env = make("short", render_mode="rgb_array", normalize_features=False)
+    env.reset(seed=0)
+    assert env.render().ndim == 3
+
+
+@pytest.mark.parametrize(("channels", "shape"), [(1, (9, 9)), (2, (9, 9)), (3, (9, 9, 3)), (5, (9, 9))])
+def test_pictures_of_any_number_of_channels_are_shown(channels, shape):
+    assert image_grid(torch.zeros(4, channels, 4, 4), 2).shape == shape
 
 
 def test_rendering_does_not_change_the_run():

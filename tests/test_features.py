@@ -17,7 +17,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as sb3_check
 
 from unlearn_gym.benchmark.suite import figures_of, load
-from unlearn_gym.diffusion import ScheduleConfig, q_sample
+from unlearn_gym.diffusion import ScheduleConfig, q_sample, sample
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.envs.features import (
     BAND_SAMPLES,
@@ -30,7 +30,7 @@ from unlearn_gym.envs.features import (
 from unlearn_gym.errors import PolicyError, SettingsError
 from unlearn_gym.evaluation.episode import policy_context
 from unlearn_gym.policies import make_policy
-from unlearn_gym.tasks import get_task, load_data, register_task
+from unlearn_gym.tasks import get_task, load_data, register_task, to_model_range
 from unlearn_gym.tasks.probe import learned_labels
 
 from .test_vector import N, make_vec, single_rows, vector_rows
@@ -109,6 +109,19 @@ def test_stacked_environments_are_single_ones_up_to_rounding(make_vec):
     for i in range(N):
         for row, expected in zip(found, single_rows("gaussians-2d", 5, i, 5, **options), strict=True):
             np.testing.assert_allclose(row[i], expected, rtol=2e-3, atol=2e-3)
+
+
+def test_the_groups_ask_of_forget_data_under_the_labels_that_it_was_learned_with():
+    env = make("mnist-trousers")
+    env.reset(seed=0)
+    run, groups = env.run, env._extended.groups
+    x, labels, *_ = groups["bands"].grid
+    assert labels.tolist() == [1] * len(x)
+    forget = to_model_range(run.data.forget).flatten(1)
+    assert all((row == forget).all(1).any() for row in x.flatten(1))
+    noise, ones = groups["samples"]._noise, torch.ones(16, dtype=torch.int64)
+    drawn = sample(run.model, noise, run.alphas_cumprod, labels=ones, num_inference_steps=5, clip=1.0)
+    torch.testing.assert_close(groups["samples"].features(run), env.task.classify(drawn)[0])
 
 
 def test_the_groups_are_what_they_say():

@@ -36,7 +36,9 @@ def plain_loss(name, run, model, batch, lambda_):
         return (model(x_t, batch.timesteps, labels) - target).square().flatten(1).mean(1)
 
     def neighbours(x_t):
-        v = (x_t[:, None] - abar[:, None].sqrt() * batch.extra) / (1 - abar[:, None]).sqrt()
+        pool = to_model_range(run.data.retain)
+        nearby = pool[torch.cdist(batch.forget.flatten(1), pool.flatten(1)).topk(10, largest=False)[1]]
+        v = (x_t[:, None] - abar[:, None].sqrt() * nearby) / (1 - abar[:, None]).sqrt()
         shares = (-0.5 * v.flatten(2).square().sum(2)).softmax(1)
         return torch.einsum("bk,bk...->b...", shares, v)
 
@@ -156,6 +158,32 @@ def test_retracks_target_is_what_the_retain_data_alone_would_have_predicted(make
         products = ((batch.noise - target) * h).flatten()
         assert abs(products.mean()) < 4 * products.std() / len(products) ** 0.5
     assert (batch.noise - target).square().mean() > 0.05  # target is not the noise itself
+
+
+def test_erasediffs_targets_are_uniform_and_drawn_anew(make_run):
+    run = make_run(batch_size=512, **options_of("erasediff"))
+    first, second = (run.draw(run.generator).extra for _ in range(2))
+    assert first.min() >= 0
+    assert first.max() < 1
+    assert first.mean().item() == pytest.approx(1 / 2, abs=0.05)
+    assert first.var().item() == pytest.approx(1 / 12, abs=0.02)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", [n for n, o in EPSILON_OBJECTIVES.items() if not o.projects])
+def test_norms_in_every_third_update_change_no_update_and_keep_their_age(make_run, name):
+    """Where the forget term's error is to fall as where it is to rise: one backward pass is that of both."""
+    exact, rare = make_run(**options_of(name)), make_run(**options_of(name), grad_norms="every:3")
+    for lambda_ in (0.2, 0.8):
+        exact.update(lambda_)
+        rare.update(lambda_)
+    snapshot = rare.snapshot()
+    ages = [rare.update(x).norms_age for x in (0.5, 0.3)]
+    rare.restore(snapshot)
+    assert [rare.update(x).norms_age for x in (0.5, 0.3)] == ages == [2, 0]
+    for lambda_ in (0.5, 0.3):
+        exact.update(lambda_)
+    torch.testing.assert_close(rare.flat.vector, exact.flat.vector, rtol=1e-5, atol=1e-6)
 
 
 def test_neighbours_are_the_nearest():

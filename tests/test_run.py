@@ -187,6 +187,12 @@ def test_restored_run_continues_bit_for_bit(make_run, task, options):
         np.testing.assert_equal(a.as_dict(), b.as_dict())
 
 
+@pytest.mark.parametrize("task", ["gaussians-2d", "sfd-mnist-digits"])
+def test_whole_numbers_are_lambdas_too(make_run, task):
+    runs = [make_run(task, batch_size=2) for _ in range(2)]
+    assert [runs[0].update(x).siss_loss for x in (0, 1)] == [runs[1].update(x).siss_loss for x in (0.0, 1.0)]
+
+
 def test_a_snapshot_of_another_optimizer_is_refused(make_run):
     with pytest.raises(RunError, match="with optimizer 'sgd', this one has 'adamw'"):
         make_run().restore(make_run(optimizer="sgd").snapshot())

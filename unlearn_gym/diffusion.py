@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
 from unlearn_gym.errors import SettingsError
@@ -41,6 +41,17 @@ class ScheduleConfig(BaseModel):
     beta_start: float = Field(1e-4, gt=0, lt=1)
     beta_end: float = Field(0.02, gt=0, lt=1)
     kind: ScheduleKind = "linear"
+
+    @model_validator(mode="after")
+    def _stays_between_0_and_1(self) -> Self:
+        alphas_cumprod = self.alphas_cumprod()
+        if not bool(((alphas_cumprod > 0) & (alphas_cumprod < 1)).all()):
+            reached = 0 if bool((alphas_cumprod == 0).any()) else 1
+            raise ValueError(
+                f"ᾱ reaches {reached} in float32 and must stay between 0 and 1; take other values than beta_start="
+                f"{self.beta_start}, beta_end={self.beta_end} and num_train_timesteps={self.num_train_timesteps}"
+            )
+        return self
 
     @model_serializer(mode="wrap")
     def _serialize(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

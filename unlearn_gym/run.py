@@ -155,7 +155,7 @@ class UnlearningRun:
         measurements. Raises :class:`RunError` for a λ outside [0, 1] and for a run that has diverged.
         """
         self.check(lambda_)
-        value, batch = torch.full((), lambda_, device=self.generator.device), self.draw(self.generator)
+        value, batch = torch.full((), float(lambda_), device=self.generator.device), self.draw(self.generator)
         if self.updates % self.settings.norms_period == 0:
             measured = self._separate_gradients(batch, value, self.learner)
             norms = measured.norms
@@ -175,7 +175,7 @@ class UnlearningRun:
     def measure(self, lambda_: float) -> StepTerms:
         """The terms of a batch of the measuring stream, without an update."""
         self.check(lambda_)
-        value, batch = torch.full((), lambda_, device=self.generator.device), self.draw(self.measure_generator)
+        value, batch = torch.full((), float(lambda_), device=self.generator.device), self.draw(self.measure_generator)
         return self._report(lambda_, value, self._separate_gradients(batch, value, None), 0)
 
     def measure_unweighted(self) -> NDArray[np.float64]:

@@ -38,13 +38,18 @@ def fixed_samples(task: Task, run: UnlearningRun) -> Tensor:
         learned = learned_labels(task, run.data, count // 2)
         if learned is not None:
             labels[: count // 2] = learned
+    steps = min(RENDER_STEPS, len(run.alphas_cumprod))
     return run.family.sample(
-        run.model, noise, run.alphas_cumprod, labels=labels, num_inference_steps=RENDER_STEPS, clip=task.clip
+        run.model, noise, run.alphas_cumprod, labels=labels, num_inference_steps=steps, clip=task.clip
     ).cpu()
 
 
 def image_grid(images: Tensor, columns: int) -> NDArray[np.float32]:
-    """Tile ``(N, C, H, W)`` in [-1, 1] to one picture in [0, 1], with a pixel between tiles."""
+    """Tile ``(N, C, H, W)`` in [-1, 1] to one picture in [0, 1], with a pixel between tiles.
+
+    C is that of grey or colour pictures, 1, 3 or 4; of others the first channel is shown.
+    """
+    images = images if images.shape[1] in (1, 3, 4) else images[:, :1]
     n, channels, height, width = images.shape
     rows = -(-n // columns)
     grid = np.ones((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), dtype=np.float32)

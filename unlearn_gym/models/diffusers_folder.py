@@ -123,12 +123,5 @@ def _read_scheduler(values: dict[str, Any], where: Path) -> dict[str, Any]:
         schedule = ScheduleConfig(kind=SCHEDULES[kind], **{name: values[name] for name in names if name in values})
     except ValidationError as error:
         raise SettingsError(f"{where}: {describe_validation_error(error)}; restore it, or {SAVE}") from None
-    alphas_cumprod = schedule.alphas_cumprod()
-    if not bool(((alphas_cumprod > 0) & (alphas_cumprod < 1)).all()):
-        reached = 0 if bool((alphas_cumprod == 0).any()) else 1
-        raise SettingsError(
-            f"{where}: ᾱ reaches {reached} in float32 and must stay between 0 and 1; the model must have been trained "
-            f"with other values than beta_start={schedule.beta_start} and beta_end={schedule.beta_end}"
-        )
     learned = values.get("variance_type") in ("learned", "learned_range")
     return {"schedule": schedule, "prediction_type": prediction_type, "learned_variance": learned}

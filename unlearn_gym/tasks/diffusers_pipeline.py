@@ -50,6 +50,7 @@ def diffusers_task(
         if class_embedding is not None:
             raise SettingsError("class_embedding goes with a folder; give the config num_classes instead")
         config, network = source, _build(source)
+        _check_manifest(config, assets)
     else:
         embedding = None if class_embedding is None else Path(class_embedding)
         config = read_config(Path(source), None if embedding is None else _num_classes(embedding))
@@ -125,8 +126,7 @@ def _import_weights(network: DiffusersNetwork, weights: Path, embedding: Path | 
     }
     if target.is_file() and "imported_from" not in manifest:
         raise WeightsError(f"{target} was not imported from a pipeline; choose another folder for assets")
-    if manifest.get("network", new["network"]) != new["network"]:
-        raise WeightsError(f"{assets} holds the weights of another network; choose another folder for assets")
+    _check_manifest(network.config, assets)
     old = {name: manifest.get(name) for name in new}
     if target.is_file() and old == new and manifest.get("sha256") == sha256(target):
         return
@@ -137,6 +137,12 @@ def _import_weights(network: DiffusersNetwork, weights: Path, embedding: Path | 
     write_json(manifest_path, new)  # without a hash until the weights are whole: an interrupted import is made again
     save_weights(target, network.state_dict())
     write_json(manifest_path, {**new, "folder": str(weights.parent.parent), "sha256": sha256(target)})
+
+
+def _check_manifest(config: DiffusersConfig, assets: Path) -> None:
+    """Raise :class:`WeightsError` for weights in ``assets`` of another network, prediction type or schedule."""
+    if _read_manifest(assets / "pretrained.json").get("network", (wanted := config.model_dump(mode="json"))) != wanted:
+        raise WeightsError(f"{assets} holds the weights of another network; choose another folder for assets")
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

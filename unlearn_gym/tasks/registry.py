@@ -77,6 +77,10 @@ class Task:
     num_inference_steps: int = 20
     user_made: bool = False
 
+    def __post_init__(self) -> None:
+        steps = min(self.num_inference_steps, self.schedule.num_train_timesteps)  # a short schedule has no more
+        object.__setattr__(self, "num_inference_steps", steps)
+
     def build_model(self) -> nn.Module:
         """The network, with weights that are not the pretrained ones yet."""
         if isinstance(self.network, UNetConfig | MLPConfig | VAEConfig):
