@@ -14,7 +14,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 from unlearn_gym.envs import SISSUnlearnEnv
-from unlearn_gym.errors import SettingsError, TaskError
+from unlearn_gym.errors import SettingsError, TaskError, WeightsError
 from unlearn_gym.instances import INSTANCES, Instance, build_instances, load_instances, shipped_sets
 from unlearn_gym.tasks import get_task, load_data, register_task
 
@@ -258,3 +258,14 @@ def test_extended_observations_of_tasks_with_other_classifiers_are_refused():
     with pytest.raises(SettingsError, match="has other observations"):
         env.reset(options={"instance": "mnist-trousers"})
     assert env.task.name == "gaussians-2d"
+
+
+@pytest.mark.parametrize(("lacks", "error"), [("constants.json", TaskError), ("pretrained.safetensors", WeightsError)])
+def test_an_instance_whose_files_are_missing_is_refused_before_any_episode(lacks, error, tmp_path):
+    ring = get_task("gaussians-2d")
+    for file in ("constants.json", "pretrained.safetensors"):
+        if file != lacks:
+            shutil.copy(ring.assets / file, tmp_path)
+    register_task(dataclasses.replace(ring, name=f"lacks-{lacks}", assets=tmp_path, pretrained_assets=None))
+    with pytest.raises(error, match=f"lacks-{lacks}"):
+        SISSUnlearnEnv(instances=["gaussians-2d", f"lacks-{lacks}"])
