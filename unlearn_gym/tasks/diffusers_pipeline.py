@@ -141,7 +141,8 @@ def _import_weights(network: DiffusersNetwork, weights: Path, embedding: Path | 
 
 def _check_manifest(config: DiffusersConfig, assets: Path) -> None:
     """Raise :class:`WeightsError` for weights in ``assets`` of another network, prediction type or schedule."""
-    if _read_manifest(assets / "pretrained.json").get("network", (wanted := config.model_dump(mode="json"))) != wanted:
+    wanted = config.model_dump(mode="json")
+    if _read_manifest(assets / "pretrained.json").get("network", wanted) != wanted:
         raise WeightsError(f"{assets} holds the weights of another network; choose another folder for assets")
 
 
