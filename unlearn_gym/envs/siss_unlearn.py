@@ -187,8 +187,6 @@ standard deviation there; F = 64 for MNIST, 2 for points, 0 without a classifier
             task.unseen_forget_loss  # noqa: B018 - raises where it is not known
         if s.normalize_features:
             task.constants  # noqa: B018 - raises where they were never measured
-        if not task.pretrained_path.is_file():
-            task.pretrained_model()  # raises and says so
         data = instance.data(load_data(task, self._data_root, download=self._download))
         objective.check(data, s)
         return task, s, data

@@ -75,8 +75,7 @@ class TaskData:
             return
         if not torch.isfinite(samples).all():
             raise DataError(f"the {name} set holds values that are not finite; remove them")
-        largest = samples.abs().max().item()
-        if samples.dim() == 4 and largest > IMAGE_LIMIT:
+        if samples.dim() == 4 and (largest := samples.abs().max().item()) > IMAGE_LIMIT:
             raise DataError(
                 f"the {name} images are float32 with values up to {largest:g} and must lie in [-1, 1]; scale them, "
                 "or give uint8 images of values 0..255"

@@ -130,9 +130,12 @@ class Task:
         return f"train {first}it with {own}"
 
     def check_pretrained(self) -> None:
-        """Raise :class:`WeightsError` with all commands to be run where a ``user_made`` task lacks its weights."""
-        if not self.user_made or self.pretrained_path.is_file():
+        """Raise :class:`WeightsError`, with what is to be run, where the weights that runs start from are missing."""
+        if self.pretrained_path.is_file():
             return
+        if not self.user_made:
+            remedy = self._command("pretrain")
+            raise WeightsError(f"task {self.name!r}: no weights at {self.pretrained_path}; make them with {remedy}")
         family = replace(self, name=self.name.partition(":")[0])  # whose weights all members share
         raise WeightsError(
             f"task {self.name!r} ships no weights, and there is no {self.pretrained_path}; make them with "
