@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 
 from unlearn_gym import engines
-from unlearn_gym.engines import run_calls
+from unlearn_gym.engines import _call_in, run_calls
 from unlearn_gym.errors import SettingsError
 from unlearn_gym.evaluation.comparison import run_comparison
 
@@ -117,3 +118,16 @@ def test_an_address_where_nothing_listens_is_refused_at_once(monkeypatch):
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free.getsockname()[1]}")
     with pytest.raises(SettingsError, match="refused"):
         list(run_calls("ray", abs, [(1,)], 1))
+
+
+def test_a_call_finds_the_drivers_modules_before_those_of_the_same_name_elsewhere(tmp_path, monkeypatch):
+    for place in ("driver", "worker"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "twin_of_two.py").write_text(f"def where():\n    return {place!r}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "worker"), *sys.path])
+    call = b"\x80\x04\x8c\x0btwin_of_two\x8c\x05where\x93)\x86."  # pickle of (where, ()), by name
+    try:
+        assert _call_in(str(tmp_path), [str(tmp_path / "driver")], call) == "driver"
+    finally:
+        sys.modules.pop("twin_of_two", None)

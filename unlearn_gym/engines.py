@@ -58,7 +58,7 @@ def _call_in(folder: str, places: list[str], pickled: bytes) -> Any:
     """The value of a call, in the driver's folder where this machine has it, with its modules: relative paths hold."""
     if os.path.isdir(folder):
         os.chdir(folder)
-    sys.path += [place for place in places if place not in sys.path]
+    sys.path[:] = [*places, *(place for place in sys.path if place not in places)]
     function, call = pickle.loads(pickled)
     return function(*call)
 
