@@ -8,10 +8,12 @@ from unlearn_gym.errors import SettingsError
 from unlearn_gym.run import UnlearningRun
 from unlearn_gym.step import FEATURES
 from unlearn_gym.tasks import FeatureConstants, Task, TaskData
+from unlearn_gym.torch_state import insulated
 
 MIN_BATCHES = 64
 
 
+@insulated
 def calibrate(
     task: Task, data: TaskData, *, num_batches: int = 256, seed: int = 0, command: str = ""
 ) -> FeatureConstants:

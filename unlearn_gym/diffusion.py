@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from torch import Tensor
 
 from unlearn_gym.errors import SettingsError
+from unlearn_gym.torch_state import insulated
 
 Predictor = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """``(x_t, timesteps, labels or None) -> epsilon_pred``, all with the batch in front."""
@@ -69,6 +70,7 @@ class ScheduleConfig(BaseModel):
         f = torch.cos((times + 0.008) / 1.008 * math.pi / 2).square()
         return (1.0 - f[1:] / f[:-1]).clamp(max=0.999)
 
+    @insulated
     def alphas_cumprod(self, device: str | torch.device = "cpu") -> Tensor:
         """ᾱ_t as float32 ``(T,)``, decreasing in (0, 1); accumulated in float64."""
         return torch.cumprod(1.0 - self.betas(), dim=0).to(device=device, dtype=torch.float32)

@@ -27,6 +27,7 @@ from unlearn_gym.objectives import Learner
 from unlearn_gym.objectives.score_forgetting import SCORE_TIMESTEPS
 from unlearn_gym.pretraining import make_folder, one_cycle
 from unlearn_gym.tasks import Task
+from unlearn_gym.torch_state import initial_weights_from, insulated
 
 
 class DistillationSettings(BaseModel):
@@ -72,9 +73,11 @@ class _Network(Learner):
 class Distillation:
     """The whole state of a distillation, so that a resumed one equals an uninterrupted one."""
 
+    @insulated
     def __init__(self, network: OneStepNetwork, alphas_cumprod: Tensor, settings: DistillationSettings) -> None:
         self.settings, self.alphas_cumprod = settings, alphas_cumprod
-        self.model = network().to(memory_format=torch.channels_last)
+        with initial_weights_from(None):  # the teacher's weights replace them
+            self.model = network().to(memory_format=torch.channels_last)
         self.networks = {"generator": _Network(self.model.generator), "fake": _Network(self.model.fake)}
         config = network.network
         self.num_classes = config.num_classes or 1
@@ -85,6 +88,7 @@ class Distillation:
         self.fingerprint = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
         self.done = 0
 
+    @insulated
     def update(self) -> tuple[Tensor, Tensor]:
         """One step of the fake network, then one of the generator; returns the divergence and the fake loss, 0-dim."""
         s, model, g, ac = self.settings, self.model, self.generator, self.alphas_cumprod
@@ -118,6 +122,7 @@ class Distillation:
         more = {"done": torch.tensor(self.done), "rng": self.generator.get_state(), "fingerprint": self.fingerprint}
         save_weights(path, states | more)
 
+    @insulated
     def load(self, path: Path) -> None:
         """Continue from :meth:`save`; raises :class:`WeightsError` for a checkpoint of another distillation."""
         tensors = read_tensors(path)
@@ -132,6 +137,7 @@ class Distillation:
         self.done = int(tensors["done"])
 
 
+@insulated
 def distill(
     task: Task,
     settings: DistillationSettings,

@@ -21,6 +21,7 @@ from unlearn_gym.models.flat import FlatParameters
 from unlearn_gym.models.weights import read_tensors, save_weights
 from unlearn_gym.tasks import Task, TaskData, to_model_range
 from unlearn_gym.tasks.probe import set_losses
+from unlearn_gym.torch_state import initial_weights_from, insulated
 
 PROBE_SIZE = 1000
 
@@ -51,6 +52,7 @@ def one_cycle(progress: float, warmup: float = 0.1) -> float:
 class Pretraining:
     """The whole state of a training, so that a resumed one equals an uninterrupted one."""
 
+    @insulated
     def __init__(
         self,
         task: Task,
@@ -60,8 +62,7 @@ class Pretraining:
     ) -> None:
         self.settings, self.samples, self.labels = settings, samples, labels
         self.alphas_cumprod = task.schedule.alphas_cumprod()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
+        with initial_weights_from(settings.seed):
             self.model = task.build_model().to(memory_format=torch.channels_last)
         self.family = family_of(self.model)
         self.flat = FlatParameters(self.model)
@@ -74,6 +75,7 @@ class Pretraining:
         self.fingerprint = _fingerprint(task, samples, labels, settings)
         self.done = 0
 
+    @insulated
     def update(self) -> Tensor:
         """One optimizer step; returns the batch's loss as a scalar tensor."""
         s, generator = self.settings, self.generator
@@ -110,6 +112,7 @@ class Pretraining:
             },
         )  # fmt: skip
 
+    @insulated
     def load(self, path: Path) -> None:
         """Continue from :meth:`save`; raises :class:`WeightsError` for a checkpoint of another training."""
         tensors = read_tensors(path)
@@ -156,6 +159,7 @@ def make_folder(out: Path) -> None:
         raise WeightsError(f"cannot make the folder {out} ({error.strerror}); choose another --out") from None
 
 
+@insulated
 def pretrain(
     task: Task,
     data: TaskData,

@@ -31,6 +31,7 @@ from unlearn_gym.step import (
     unpack,
 )  # fmt: skip
 from unlearn_gym.tasks.data import TaskData, to_model_range
+from unlearn_gym.torch_state import insulated, out_of_inference_mode
 
 PROBE_SIZE = 64
 SPLIT_LIMIT = 1.5
@@ -88,6 +89,7 @@ class UnlearningRun:
         seed: first seed of the generators.
     """
 
+    @insulated
     def __init__(
         self,
         model: nn.Module,
@@ -104,7 +106,8 @@ class UnlearningRun:
         self._prepared = self.objective.prepare(self.data, settings)
         self._noise_shape = self.family.noise_shape(model, data.retain.shape[1:])
         self.alphas_cumprod = alphas_cumprod.to(device)
-        self.model = model.to(device).to(memory_format=torch.channels_last).eval()  # dropout would draw globally
+        model = out_of_inference_mode(model).to(device).to(memory_format=torch.channels_last)
+        self.model = model.eval()  # dropout would draw globally
         own = self.objective if isinstance(self.objective, OwnPasses) else None
         self.flat = FlatParameters(own.trained(self.model) if own else self.model)
         self.learner = own.learner(self.model, settings) if own else None
@@ -132,6 +135,7 @@ class UnlearningRun:
         self.seed(seed)
         self._probe = self._draw_probe()
 
+    @insulated
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles are built anew: parameters that are views of one vector must stay so."""
         arguments = (copy.deepcopy(self.model), self.data, self.alphas_cumprod, self.settings)
@@ -142,12 +146,14 @@ class UnlearningRun:
         self.generator.manual_seed(seed)
         self.measure_generator.manual_seed(seed + 2**32)
 
+    @insulated
     def draw(self, generator: torch.Generator) -> Batch:
         """A batch of pairs, drawn with replacement, with what the objective needs more."""
         s, num_timesteps = self.settings, len(self.alphas_cumprod)
         batch = draw_batch(self.data, s.batch_size, num_timesteps, generator, self._noise_shape)
         return self.objective.complete(batch, self.data, self._prepared, generator)
 
+    @insulated
     def update(self, lambda_: float) -> StepTerms:
         """One forward pass, two backward passes, one optimizer step.
 
@@ -172,12 +178,14 @@ class UnlearningRun:
         self.updates += 1
         return self._report(lambda_, value, measured, self._norms_age)
 
+    @insulated
     def measure(self, lambda_: float) -> StepTerms:
         """The terms of a batch of the measuring stream, without an update."""
         self.check(lambda_)
         value, batch = torch.full((), float(lambda_), device=self.generator.device), self.draw(self.measure_generator)
         return self._report(lambda_, value, self._separate_gradients(batch, value, None), 0)
 
+    @insulated
     def measure_unweighted(self) -> NDArray[np.float64]:
         """``[retain_loss, forget_loss, retain_grad_norm, forget_grad_norm]`` without importance
         weights, with (c_r, c_f), on a batch of the measuring stream: twice a step's forward pass.
@@ -222,8 +230,15 @@ class UnlearningRun:
 
     def _own_passes(self, passes: Passes) -> Measured:
         """A backward pass of each of an objective's losses; the direct one's gradient joins the retain side's."""
-        self._backward(passes.retain, None, self.retain_grad, self._retain_views, retain_graph=True)
-        self._backward(passes.forget, None, self.forget_grad, self._forget_views, retain_graph=False)
+        sides = (
+            (passes.retain, self.retain_grad, self._retain_views),
+            (passes.forget, self.forget_grad, self._forget_views),
+        )
+        for loss, gradient, views in sides:
+            if loss is None:
+                gradient.zero_()
+            else:
+                self._backward(loss, None, gradient, views, retain_graph=loss is passes.retain)
         norms = self._norms(passes.terms)
         if passes.direct is not None:
             self._backward(passes.direct, None, self.update_grad, self._update_views, retain_graph=False)
@@ -274,7 +289,8 @@ class UnlearningRun:
         if isinstance(self.objective, OwnPasses):
             passes = self.objective.passes(self.model, batch, value, self._context, self.learner)
             terms, from_forget, slopes = passes.terms, passes.from_forget, passes.lambda_gradients
-            output = passes.retain - scale * passes.forget + (0.0 if passes.direct is None else passes.direct)
+            parts = (passes.retain, None if passes.forget is None else -scale * passes.forget, passes.direct)
+            output = torch.stack([part for part in parts if part is not None]).sum()
         else:
             draw = self.objective.draw(batch, self.alphas_cumprod, value)
             output, from_forget, slopes = self.model(draw.x_t, draw.timesteps, draw.labels), draw.from_forget, None
@@ -296,8 +312,11 @@ class UnlearningRun:
         self, output: Tensor, output_grad: Tensor | None, gradient: Tensor, views: list[Tensor], *, retain_graph: bool
     ) -> None:
         gradient.zero_()
-        if not output.requires_grad:  # a side that an objective leaves out
-            return
+        if not output.requires_grad:
+            raise RunError(
+                "the network's output has no gradient, so nothing would be learned; its forward pass must not detach, "
+                "or run under torch.no_grad, and its parameters must be trainable"
+            )
         self.flat.point_gradients(views)
         torch.autograd.backward(output, output_grad, retain_graph=retain_graph, inputs=self.flat.parameters)
         self.flat.point_gradients(None)
@@ -328,6 +347,7 @@ class UnlearningRun:
         x, labels, noise, timesteps = (torch.cat(p) for p in zip(*parts, strict=True))
         return x, None if data.forget_labels is None else labels, noise, timesteps
 
+    @insulated
     @torch.no_grad()
     def probe_losses(self) -> tuple[float, float]:
         """Forget and held-out retain loss, unweighted, on a fixed probe of 64 samples each."""
@@ -335,6 +355,7 @@ class UnlearningRun:
         forget, retain = errors.view(2, -1).mean(1).tolist()
         return forget, retain
 
+    @insulated
     def snapshot(self) -> Snapshot:
         """A copy of the run's state that later updates do not touch."""
         return Snapshot(
@@ -350,6 +371,7 @@ class UnlearningRun:
             None if self.learner is None else self.learner.state(),
         )
 
+    @insulated
     def restore(self, snapshot: Snapshot) -> None:
         """Bring back a :meth:`snapshot` of a run of the same network and optimizer, exactly.
 

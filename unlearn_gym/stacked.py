@@ -14,6 +14,7 @@ from unlearn_gym.errors import RunError
 from unlearn_gym.objectives import EpsilonObjective
 from unlearn_gym.run import UnlearningRun, make_optimizer
 from unlearn_gym.step import Batch, Draw, StepTerms, clip_factor, gradient_norms, pack, unpack
+from unlearn_gym.torch_state import insulated
 
 
 class StackedRuns:
@@ -25,6 +26,7 @@ class StackedRuns:
     :class:`RunError` for ``grad_norms="every:k"`` and for a network that ``torch.vmap`` cannot map.
     """
 
+    @insulated
     def __init__(self, runs: list[UnlearningRun]) -> None:
         first = runs[0]
         if first.settings.norms_period > 1:
@@ -59,6 +61,7 @@ class StackedRuns:
         """Copies and pickles stack the copied runs anew."""
         return StackedRuns, (self.runs,)
 
+    @insulated
     def update(self, lambdas: Mapping[int, float]) -> dict[int, StepTerms]:
         """One update of each run that ``lambdas`` names by its index; the others stay as they are."""
         for i, lambda_ in lambdas.items():

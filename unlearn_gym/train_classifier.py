@@ -15,6 +15,7 @@ from unlearn_gym.models.classifier import NUM_DIGITS, TROUSERS, DigitGarmentClas
 from unlearn_gym.models.weights import save_weights
 from unlearn_gym.pretraining import one_cycle
 from unlearn_gym.tasks.data import load_torchvision, to_model_range
+from unlearn_gym.torch_state import initial_weights_from, insulated
 
 MAX_SHIFT = 2
 MAX_NOISE = 0.3
@@ -54,6 +55,7 @@ def classifier_figures(model: DigitGarmentClassifier, images: Tensor, labels: Te
     }
 
 
+@insulated
 def train_classifier(
     root: Path,
     out: Path,
@@ -69,8 +71,7 @@ def train_classifier(
     images, labels = labelled_images(root, train=True, download=download)
     weights = (1.0 / torch.bincount(labels).float())[labels]
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with initial_weights_from(seed):
         model = DigitGarmentClassifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=1e-2)
     chosen = torch.multinomial(weights, updates * batch_size, replacement=True, generator=generator)

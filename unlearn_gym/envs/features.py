@@ -14,6 +14,7 @@ from unlearn_gym.diffusion import grid_timesteps
 from unlearn_gym.run import UnlearningRun
 from unlearn_gym.tasks import Task, to_model_range
 from unlearn_gym.tasks.probe import learned_labels
+from unlearn_gym.torch_state import insulated
 
 FEATURE_CLIP = 5.0
 NUM_BANDS, BAND_SAMPLES = 5, 8
@@ -162,6 +163,7 @@ class ExtendedFeatures:
         run: a run of it at its start weights.
     """
 
+    @insulated
     def __init__(self, task: Task, run: UnlearningRun) -> None:
         generator = torch.Generator().manual_seed(0)
         self.groups = {name: group(task, run, generator) for name, group in GROUPS.items()}
@@ -171,6 +173,7 @@ class ExtendedFeatures:
         """Number of entries."""
         return sum(group.size for group in self.groups.values())
 
+    @insulated
     def measure(self, run: UnlearningRun, start: Tensor) -> NDArray[np.float64]:
         """The entries ``(size,)`` of the run's current weights, in ±``FEATURE_CLIP``, which stands for NaN, too.
 

@@ -21,6 +21,7 @@ from unlearn_gym.run import Snapshot, UnlearningRun
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.step import FEATURES, StepTerms
 from unlearn_gym.tasks import Task, TaskData, get_task, load_data
+from unlearn_gym.torch_state import insulated
 
 ACTION_TOLERANCE = 1e-6
 DEFAULT_TASK = "mnist-trousers"
@@ -130,6 +131,7 @@ standard deviation there; F = 64 for MNIST, 2 for points, 0 without a classifier
         "render_fps": 10,
     }
 
+    @insulated
     def __init__(
         self,
         task: str | None = None,
@@ -231,6 +233,7 @@ standard deviation there; F = 64 for MNIST, 2 for points, 0 without a classifier
         """How many entries ``observation="extended"`` adds at the observation's end; 0 without it."""
         return 0 if self._extended is None else self._extended.size
 
+    @insulated
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
@@ -256,12 +259,14 @@ standard deviation there; F = 64 for MNIST, 2 for points, 0 without a classifier
         self._potential = self._current_potential(terms)
         return self._observation(), {**self._info(terms, {}), "instance": self.instance.as_info()}
 
+    @insulated
     def step(
         self, action: NDArray[np.float32] | float
     ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """One optimizer update at λ = ``action``; raises :class:`ActionError` before anything changes."""
         return self.advance(self.run.update(self.validate(action)))
 
+    @insulated
     def advance(self, terms: StepTerms) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """What :meth:`step` returns, for an update that the run has made already."""
         before, self._potential = self._potential, self._current_potential(terms)
@@ -349,6 +354,7 @@ standard deviation there; F = 64 for MNIST, 2 for points, 0 without a classifier
         """The measured terms by name, and the reward's; every array is the caller's own."""
         return {"terms": terms.as_dict(), "reward_terms": reward_terms, "diverged": terms.diverged}
 
+    @insulated
     def render(self) -> NDArray[np.uint8] | None:
         """A frame ``(H, W, 3)`` uint8: samples from fixed noise, the λ trace and both losses."""
         if self.render_mode is None:

@@ -20,6 +20,7 @@ from unlearn_gym.envs.pool import WorkerPool
 from unlearn_gym.envs.siss_unlearn import SISSUnlearnEnv, parse_action
 from unlearn_gym.errors import ActionError, SettingsError
 from unlearn_gym.tasks import resolve_data_root
+from unlearn_gym.torch_state import insulated
 
 BACKENDS = ("auto", "processes", "stacked", "serial")
 
@@ -54,6 +55,7 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
     Raises what :class:`SISSUnlearnEnv` raises, and ``WorkerError`` when workers cannot be kept alive.
     """
 
+    @insulated
     def __init__(
         self,
         num_envs: int = 1,

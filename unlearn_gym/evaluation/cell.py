@@ -23,6 +23,7 @@ from unlearn_gym.evaluation.metrics import Evaluation, Evaluator
 from unlearn_gym.models.weights import load_weights
 from unlearn_gym.policies import make_policy
 from unlearn_gym.tasks import Task, get_task, load_data, to_model_range
+from unlearn_gym.torch_state import insulated
 
 UNTOUCHED, ORACLE, FINETUNE = "untouched", "oracle", "finetune"
 REFERENCES = (UNTOUCHED, ORACLE)
@@ -45,6 +46,7 @@ def make_cell_env(task: str, policy: str, options: dict[str, Any], data_root: st
 
 
 @lru_cache(maxsize=4)
+@insulated
 def evaluator(task: str, data_root: str | None, settings: EvaluationSettings) -> Evaluator:
     """One evaluator for all cells of a process: references and the oracle's samples are computed once."""
     chosen = get_task(task)
@@ -62,6 +64,7 @@ def final_model(task: Task, name: str) -> nn.Module:
     return model
 
 
+@insulated
 def run_cell(
     task: str,
     policy: str,

@@ -9,6 +9,7 @@ from typing import Any
 
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.policies import LambdaPolicy, PolicyContext, Transition
+from unlearn_gym.torch_state import insulated
 
 TRACED = (
     "lambda_", "retain_loss", "forget_loss", "siss_loss", "retain_grad_norm", "forget_grad_norm",
@@ -44,6 +45,7 @@ def policy_context(env: SISSUnlearnEnv) -> PolicyContext:
     )
 
 
+@insulated
 def run_episode(
     env: SISSUnlearnEnv,
     policy: LambdaPolicy,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unlearn_gym.errors import ResultsError
 from unlearn_gym.files import sha256
+from unlearn_gym.torch_state import insulated
 
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
 HASH_PREFIX = "6726825d"
@@ -26,6 +27,7 @@ def check_weights(path: Path) -> None:
 
 
 @lru_cache(maxsize=1)
+@insulated
 def _extractor(path: Path) -> torch.nn.Module:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -33,6 +35,7 @@ def _extractor(path: Path) -> torch.nn.Module:
     return FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=path)
 
 
+@insulated
 @torch.inference_mode()
 def inception_features(images: Tensor, weights: Path) -> tuple[Tensor, Tensor]:
     """Pool features ``(N, 2048)`` and unbiased logits ``(N, 1008)`` of images ``(N, C, H, W)`` in [-1, 1].

@@ -19,6 +19,7 @@ from unlearn_gym.evaluation.quality import KID_SUBSET_SIZE
 from unlearn_gym.families import Family, family_of
 from unlearn_gym.tasks import Task, TaskData, to_model_range
 from unlearn_gym.tasks.probe import equally, learned_labels
+from unlearn_gym.torch_state import insulated
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Judged(NamedTuple):
 _REFERENCES: dict[tuple[Any, str], Judged] = {}
 
 
+@insulated
 def judged_reference(task: Task, data: TaskData) -> Judged:
     """The held-out retain data, judged once per process and content (by its SHA-256)."""
     digest = hashlib.sha256(data.heldout.cpu().contiguous().numpy().tobytes()).hexdigest()
@@ -92,15 +94,18 @@ class Judge:
         return judged_reference(self.task, self.data)
 
     @cached_property
+    @insulated
     def forget(self) -> Tensor:
         """The forget set without repetitions, in model range."""
         return to_model_range(self.data.forget.unique(dim=0))
 
     @cached_property
+    @insulated
     def copy_threshold(self) -> float:
         """Distance to the forget set below which a sample counts as a copy."""
         return copy_threshold(to_model_range(self._retain_like_forget()), self.forget)
 
+    @insulated
     @torch.inference_mode()
     def draw(
         self, model: nn.Module, labels: Tensor | None, n: int, seed: int, *, family: Family | None = None
@@ -156,6 +161,7 @@ class Judge:
         alike = torch.isin(labels, labels[:0] if learned is None else learned)
         return heldout[alike] if alike.any() else heldout
 
+    @insulated
     def calibration(self) -> dict[str, float]:
         """What the judges say of real data: shares called forget data, and copies, among held-out retain data (of
         the forget data's labels, where there is any) and unseen data of the forget set's kind; of the forget set

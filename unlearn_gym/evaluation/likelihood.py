@@ -23,6 +23,7 @@ from torch.special import log_ndtr
 
 from unlearn_gym.diffusion import Predictor, q_sample
 from unlearn_gym.errors import DataError, ResultsError, SettingsError, error_line
+from unlearn_gym.torch_state import insulated
 
 EXACT_TRACE_MAX_DIM = 8
 """Up to as many dimensions the flow's divergence is exact: one backward pass for each of them."""
@@ -30,6 +31,7 @@ MAX_STEPS = 300
 """Of the ODE solver, six evaluations each; networks that learned something take 10 to 20 at the default tolerances."""
 
 
+@insulated
 @torch.inference_mode()
 def variational_bound(
     predict: Predictor,
@@ -68,6 +70,7 @@ def variational_bound(
     return (prior + transitions + torch.cat(decoder)) / (x_start[0].numel() * math.log(2))
 
 
+@insulated
 @torch.inference_mode(False)
 @torch.no_grad()
 def ode_nll(

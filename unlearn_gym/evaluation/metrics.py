@@ -38,6 +38,7 @@ from unlearn_gym.evaluation.vae_likelihood import importance_weighted_nll
 from unlearn_gym.families import FAMILIES, family_of
 from unlearn_gym.tasks import Task, TaskData, to_model_range
 from unlearn_gym.tasks.probe import probe_grid
+from unlearn_gym.torch_state import insulated
 
 PROBE_SIZE = 100
 """Samples of each set for reconstructions and for differences of noise predictions."""
@@ -102,17 +103,20 @@ class Evaluator:
     Metrics that the task cannot have are absent from the result, with the reason.
     """
 
+    @insulated
     def __init__(self, task: Task, data: TaskData, settings: EvaluationSettings | None = None) -> None:
         self.task, self.data, self.settings = task, data, settings or EvaluationSettings()
         self.alphas_cumprod = task.schedule.alphas_cumprod()
         self.judge = Judge(task, data, self.settings)
 
     @cached_property
+    @insulated
     def oracle(self) -> nn.Module | None:
         """The retrained oracle, if the task has one."""
         return self._for_evaluation(self.task.oracle_model()) if self.task.oracle_path.is_file() else None
 
     @cached_property
+    @insulated
     def oracle_samples(self) -> Judged | None:
         """The oracle's samples, of other noise than the models': its own row shows the distance of two draws."""
         if self.oracle is None:
@@ -120,6 +124,7 @@ class Evaluator:
         judge, s = self.judge, self.settings
         return judge.draw(self.oracle, judge.quality_labels(), s.num_quality_samples, s.seed + 2)
 
+    @insulated
     def evaluate(self, model: nn.Module) -> Evaluation:
         """All metrics of ``model``."""
         model, figures = self._for_evaluation(model), Figures()

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from unlearn_gym.elbo import Posterior
 from unlearn_gym.evaluation.likelihood import discretised_log_likelihood
+from unlearn_gym.torch_state import insulated
 
 NUM_IMPORTANCE = 50
 """K of the importance-weighted figure in an evaluation."""
 
 
+@insulated
 @torch.inference_mode()
 def importance_weighted_nll(
     model: Any,

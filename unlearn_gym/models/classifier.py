@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlearn_gym.models.weights import load_weights
+from unlearn_gym.torch_state import initial_weights_from, insulated
 
 NUM_DIGITS = 10
 NUM_GARMENTS = 10
@@ -51,13 +52,16 @@ CLASSIFIER_WEIGHTS = Path(str(files("unlearn_gym"))) / "assets" / "classifier" /
 
 
 @lru_cache(maxsize=2)
+@insulated
 def shipped_classifier(device: str = "cpu") -> DigitGarmentClassifier:
     """The classifier with the weights that ship; raises ``WeightsError`` when they are damaged."""
-    model = DigitGarmentClassifier()
+    with initial_weights_from(None):
+        model = DigitGarmentClassifier()
     load_weights(model, CLASSIFIER_WEIGHTS)
     return model.eval().requires_grad_(False).to(device)
 
 
+@insulated
 @torch.no_grad()
 def classify(images: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor]:
     """Features ``(N, 64)`` and logits ``(N, 20)`` of images in [-1, 1]."""

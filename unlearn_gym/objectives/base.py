@@ -93,12 +93,13 @@ class Context(NamedTuple):
 class Passes(NamedTuple):
     """What an objective's own passes give: 0-dim losses with their graphs, and the terms to report, without.
 
-    The gradients of ``retain`` and ``forget`` are the update's two; that of ``direct``, where there is one, is added.
+    The gradients of ``retain`` and ``forget`` are the update's two; None stands for a side that the objective leaves
+    out. That of ``direct``, where there is one, is added.
     ``lambda_gradients``: dL/dλ by estimator, where that of ``terms`` is not all.
     """
 
-    retain: Tensor
-    forget: Tensor
+    retain: Tensor | None
+    forget: Tensor | None
     terms: siss.SISSTerms
     from_forget: Tensor
     direct: Tensor | None = None

@@ -111,7 +111,8 @@ def _each_from_its_own(model: Any, batch: Batch, rows: str, context: Context) ->
         for side in ("retain", "forget")
         if rows in ("both", side)
     ]
-    return _losses(sides, model.config.std, torch.cat(shown), context)
+    left_out: dict[str, Any] = {side: None for side in ("retain", "forget") if rows not in ("both", side)}
+    return _losses(sides, model.config.std, torch.cat(shown), context)._replace(**left_out)
 
 
 class Side(NamedTuple):

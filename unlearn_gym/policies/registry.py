@@ -18,6 +18,7 @@ from unlearn_gym.policies.base import FunctionPolicy, LambdaPolicy, PolicyContex
 from unlearn_gym.policies.transfer import trained_network
 from unlearn_gym.policies.variational_spec import FORM, parse_variational
 from unlearn_gym.tasks import get_task
+from unlearn_gym.torch_state import insulated
 
 SCHEDULES = {"linear": open_loop.linear, "cosine": open_loop.cosine, "exponential": open_loop.exponential}
 DRAWS = {"prior": open_loop.prior_draw, "random": open_loop.uniform_draw}
@@ -31,6 +32,7 @@ USAGE = (
 )
 
 
+@insulated
 def make_policy(spec: str, context: PolicyContext) -> LambdaPolicy:
     """The policy that ``spec`` names: see ``USAGE``. Raises :class:`PolicyError` with the remedy."""
     name, *arguments = spec.split(":")

@@ -12,6 +12,7 @@ import numpy as np
 
 from unlearn_gym.errors import PolicyError
 from unlearn_gym.policies.base import Observation, PolicyContext
+from unlearn_gym.torch_state import insulated
 
 OBSERVATION_SHAPE = (6,)
 ALGORITHM_MARKS = {"PPO": {"clip_range"}, "A2C": {"gae_lambda"}, "TD3": {"policy_delay"}, "SAC": {"ent_coef", "tau"}}
@@ -82,6 +83,7 @@ class SB3Policy:
         """Forget a recurrent agent's memory; actions are deterministic."""
         self._memory = None
 
+    @insulated
     def act(self, obs: Observation, info: dict[str, Any]) -> float:
         """The agent's action, mapped to λ."""
         start = np.array([self._memory is None])

@@ -9,6 +9,7 @@ from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.errors import PolicyError
 from unlearn_gym.policies.base import PolicyContext, Transition
 from unlearn_gym.policies.variational import InferenceNetwork, VariationalPolicy
+from unlearn_gym.torch_state import insulated
 
 NUM_EPISODES = 3
 FIRST_SEED = 1_000_000
@@ -16,6 +17,7 @@ FIRST_SEED = 1_000_000
 
 
 @cache
+@insulated
 def trained_network(
     task: str, estimator: str, kl_coef: float, features: str, num_inputs: int
 ) -> tuple[InferenceNetwork, float]:

@@ -13,6 +13,7 @@ from unlearn_gym.errors import PolicyError
 from unlearn_gym.policies.base import Observation, PolicyContext, Transition
 from unlearn_gym.siss import combine_products
 from unlearn_gym.step import SECOND_MOMENT_GRID
+from unlearn_gym.torch_state import initial_weights_from, insulated
 
 GRADIENT_ESTIMATORS = ("pathwise", "score_function", "kl_only")
 FEATURE_SETS = ("losses", "norms", "extended")
@@ -82,13 +83,13 @@ class VariationalPolicy:
         self.trained = None if trained is None else trained.requires_grad_(False)
         self.reset(0)
 
+    @insulated
     def reset(self, seed: int) -> None:
         """A new inference network, unless one is frozen, and a new stream of ξ, both from ``seed``."""
         if self.trained is not None:
             self.network = self.trained
         else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+            with initial_weights_from(seed):
                 self.network = InferenceNetwork(len(self.entries))
             self.optimizer = torch.optim.Adam(self.network.parameters(), lr=self.learning_rate)
         self.reseed(seed)
@@ -98,6 +99,7 @@ class VariationalPolicy:
         self.generator = torch.Generator().manual_seed(seed)
         self._lambda: Tensor | None = None
 
+    @insulated
     def act(self, obs: Observation, info: dict[str, Any]) -> float:
         """Draw λ; the graph is kept for the update that follows."""
         self._mu, self._log_variance = self.network(torch.as_tensor(obs[self.entries]))
@@ -106,6 +108,7 @@ class VariationalPolicy:
         self._lambda = self.context.lambda_min + (self.context.lambda_max - self.context.lambda_min) * share
         return self.context.clip(float(self._lambda.detach()))
 
+    @insulated
     def update(self, transition: Transition) -> None:
         """One step on the ELBO loss, with the run's λ-gradient in place of the loss's own; none of a frozen network."""
         if self.trained is not None or self._lambda is None or transition.info["diverged"]:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from unlearn_gym.errors import DataError, SettingsError, WeightsError
 from unlearn_gym.files import sha256, write_json
 from unlearn_gym.models.diffusers_folder import find_weights, read_config
@@ -17,8 +15,10 @@ from unlearn_gym.models.diffusers_unet import DiffusersConfig, DiffusersNetwork
 from unlearn_gym.models.weights import load_weights, read_tensors, save_weights
 from unlearn_gym.tasks.data import TaskData
 from unlearn_gym.tasks.registry import Task
+from unlearn_gym.torch_state import initial_weights_from, insulated
 
 
+@insulated
 def diffusers_task(
     name: str,
     source: Path | str | DiffusersConfig,
@@ -100,7 +100,7 @@ class FittingData:
 
 
 def _build(config: DiffusersConfig) -> DiffusersNetwork:
-    with torch.random.fork_rng(devices=[]):  # it is built to be looked at, or to be overwritten
+    with initial_weights_from(None):
         return config()
 
 

@@ -11,8 +11,10 @@ from unlearn_gym.diffusion import Predictor
 from unlearn_gym.families import family_of
 from unlearn_gym.tasks.data import TaskData, to_model_range
 from unlearn_gym.tasks.registry import Task
+from unlearn_gym.torch_state import insulated
 
 
+@insulated
 def probe_grid(
     model: nn.Module,
     samples: Tensor,

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from unlearn_gym.models.one_step import OneStepNetwork
 from unlearn_gym.models.weights import load_weights
 from unlearn_gym.settings import RunSettings, describe_validation_error
 from unlearn_gym.tasks.data import TaskData
+from unlearn_gym.torch_state import initial_weights_from, insulated
 
 DATA_ROOT_VARIABLE = "UNLEARN_GYM_DATA_ROOT"
 HOME_VARIABLE = "UNLEARN_GYM_HOME"
@@ -92,11 +92,13 @@ class Task:
         """The kind of its model."""
         return family_of(self.network)
 
+    @insulated
     def pretrained_model(self) -> nn.Module:
         """The model that has learned D = R ∪ F; raises :class:`WeightsError` when there is none that fits."""
         self.check_pretrained()
         return self._load(self.pretrained_path)
 
+    @insulated
     def oracle_model(self) -> nn.Module:
         """The same network trained on R alone; raises :class:`TaskError` when there is none."""
         if not self.oracle_path.is_file():
@@ -152,7 +154,7 @@ class Task:
         return f"'unlearn-gym {' '.join((name, '--task', self.name, *data, *options))}'"
 
     def _load(self, path: Path) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):  # initial weights are drawn only to be replaced
+        with initial_weights_from(None):
             model = self.build_model()
         try:
             load_weights(model, path)
@@ -290,6 +292,7 @@ def user_folder() -> Path:
 _DATA: dict[tuple[Task, Path | None], TaskData] = {}
 
 
+@insulated
 def load_data(task: Task, data_root: str | os.PathLike[str] | None = None, *, download: bool = False) -> TaskData:
     """The task's sets, read once per process; raises ``DataError`` with the remedy."""
     root = resolve_data_root(data_root)
