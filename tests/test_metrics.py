@@ -124,6 +124,16 @@ def test_nearest_measures_pixels_in_the_unit_range():
     assert nearest(white, black).distance.item() == pytest.approx(4.0)  # the norm of 16 ones
 
 
+def test_a_copy_is_at_distance_zero_and_a_near_copy_at_its_own():
+    others = torch.rand(300, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 1.8 - 0.9
+    found = nearest(others, others)
+    assert not found.distance.any()
+    shifted = others.clone()
+    shifted[:, 0, 0, 0] += 0.01  # 0.005 in [0, 1]
+    torch.testing.assert_close(nearest(shifted, others).distance, torch.full((300,), 0.005), rtol=1e-4, atol=0)
+    assert torch.equal(found.place, torch.arange(300))
+
+
 def test_a_model_reconstructs_what_it_remembers():
     """The T-shirt is memorised by the pretrained model and unknown to the oracle."""
     task = get_task("mnist-tshirt")

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from unlearn_gym.diffusion import q_sample
+from unlearn_gym.diffusion import ScheduleConfig, q_sample
 from unlearn_gym.errors import PolicyError, SettingsError
 from unlearn_gym.objectives import OBJECTIVES
 from unlearn_gym.objectives.epsilon import EPSILON_OBJECTIVES, nearest
 from unlearn_gym.policies import PolicyContext, make_policy
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.stacked import StackedRuns
+from unlearn_gym.step import Batch
 from unlearn_gym.tasks.data import to_model_range
 
 BASELINES = tuple(name for name in EPSILON_OBJECTIVES if name != "siss")
@@ -158,6 +159,28 @@ def test_retracks_target_is_what_the_retain_data_alone_would_have_predicted(make
         products = ((batch.noise - target) * h).flatten()
         assert abs(products.mean()) < 4 * products.std() / len(products) ** 0.5
     assert (batch.noise - target).square().mean() > 0.05  # target is not the noise itself
+
+
+def test_retracks_shares_keep_their_digits_however_many_pixels_there_are():
+    """Neighbours that differ in one pixel each of 3 × 256 × 256: their shares show there."""
+    g, size, k, t = torch.Generator().manual_seed(0), 2, 10, 500
+    alphas = ScheduleConfig().alphas_cumprod()
+    forget, noise = torch.rand(size, 3, 256, 256, generator=g), torch.randn(size, 3, 256, 256, generator=g)
+    neighbours = forget.unsqueeze(1).repeat(1, k, 1, 1, 1)
+    for i in range(k):
+        neighbours[:, i, 0, 0, i] += (0.5 + 0.2 * i) * ((1 - alphas[t]) / alphas[t]).sqrt()
+    none = torch.zeros(size).long()
+    batch = Batch(forget, forget, None, None, noise, torch.full((size,), t), torch.zeros(size), none, neighbours)
+    exact = batch._replace(retain=forget.double(), forget=forget.double(), noise=noise.double())
+    exact = exact._replace(extra=neighbours.double())
+    draw = EPSILON_OBJECTIVES["retrack"].draw
+    found, expected = (
+        draw(b, a, torch.tensor(0.5, dtype=a.dtype)).targets.forget_noise[size:]
+        for b, a in ((batch, alphas), (exact, alphas.double()))
+    )
+    moved = (noise - expected)[:, 0, 0, :k].abs()
+    assert (moved > 0.1).any(1).all()
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
 
 
 def test_erasediffs_targets_are_uniform_and_drawn_anew(make_run):

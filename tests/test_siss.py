@@ -35,11 +35,69 @@ def test_weights_obey_their_identities(shape, lambda_):
     _, _, w_r, w_f = siss.mixture_targets(x_t, retain, forget, timesteps, ALPHAS, lambda_)
     assert torch.isfinite(w_r).all()
     assert torch.isfinite(w_f).all()
-    torch.testing.assert_close((1 - lambda_) * w_r + lambda_ * w_f, torch.ones(512), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close((1 - lambda_) * w_r + lambda_ * w_f, torch.ones(512), rtol=0, atol=1e-6)
     if lambda_ < 1:
-        assert (w_r <= 1 / (1 - lambda_) * (1 + 1e-4)).all()
+        assert (w_r <= 1 / (1 - lambda_) * (1 + 1e-6)).all()
     if lambda_ > 0:
-        assert (w_f <= 1 / lambda_ * (1 + 1e-4)).all()
+        assert (w_f <= 1 / lambda_ * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("lambda_", [0.1, 0.5, 0.9])
+def test_weights_keep_their_digits_at_512_x_512_x_3(lambda_):
+    """Images that overlap in noise, so that both weights count: ‖√ᾱ (x_f - x_r)‖ / √(1-ᾱ) is 0.5 to 3."""
+    generator, n = torch.Generator().manual_seed(0), 2
+    shape = (n, 3, 512, 512)
+    retain = torch.randint(256, shape, generator=generator) / 127.5 - 1
+    noise, direction = (torch.randn(shape, generator=generator) for _ in range(2))
+    for t in (0, 3, 30, 100, 250, 400, 500, 600, 750, 900, 999):
+        timesteps, ratio = torch.full((n,), t), (ALPHAS[t] / (1 - ALPHAS[t])).sqrt()
+        steps = torch.tensor([0.5, 3.0]).view(n, 1, 1, 1) / ratio * direction / direction.flatten(1).norm(dim=1).max()
+        pair = retain, retain + steps
+        x_t, _ = siss.sample_mixture(*pair, noise, timesteps, torch.tensor([0.0, 0.99]), ALPHAS, lambda_)
+        w_r, w_f = siss.mixture_targets(x_t, *pair, timesteps, ALPHAS, lambda_)[2:]
+        doubles = [v.double() for v in (x_t, *pair)]
+        exact = siss.mixture_targets(*doubles, timesteps, ALPHAS.double(), lambda_)
+        d_r, d_f = (0.5 * eps.square().flatten(1).sum(1) for eps in exact[:2])
+        expected = torch.softmax(torch.stack([math.log(1 - lambda_) - d_r, math.log(lambda_) - d_f]), 0)
+        found = torch.stack([(1 - lambda_) * w_r, lambda_ * w_f])
+        assert (expected > 1e-3).all()  # none is saturated
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.sum(0), torch.ones(n), rtol=0, atol=1e-6)
+        assert (w_r * (1 - lambda_) <= 1 + 1e-6).all()
+        assert (w_f * lambda_ <= 1 + 1e-6).all()
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 1e-6, 0.3, 0.5, 0.9, 1.0])
+def test_weights_are_exact_and_their_slopes_finite_however_far_the_densities_are_apart(lambda_):
+    log_ratio = torch.tensor([-math.inf, -1e6, -200.0, -1.0, 0.0, 1.0, 200.0, 1e6, math.inf])
+    log_ratio = log_ratio[log_ratio <= 1.0] if lambda_ == 0 else log_ratio  # what a mixture of one side can draw
+    log_ratio = log_ratio[log_ratio >= -1.0] if lambda_ == 1 else log_ratio
+    value = torch.tensor(lambda_, requires_grad=True)
+    w_r, w_f = siss.importance_weights(log_ratio, value)
+    torch.testing.assert_close((1 - value) * w_r + value * w_f, torch.ones_like(w_r), rtol=0, atol=1e-6)
+    assert (w_r[log_ratio < -150] == 1 / (1 - value)).all()
+    assert (w_f[log_ratio < -150] == 0).all()
+    assert (w_r[log_ratio > 150] == 0).all()
+    assert (w_f[log_ratio > 150] == 1 / value).all()
+    for w in (w_r, w_f):
+        (slopes,) = torch.autograd.grad(w, value, torch.ones_like(w), retain_graph=True)
+        assert torch.isfinite(slopes)
+
+
+def test_weights_have_the_right_derivatives_where_densities_are_equal_too():
+    log_ratio = torch.tensor([-30.0, -1.0, 0.0, 0.5, 30.0], dtype=torch.float64, requires_grad=True)
+    for lambda_ in (0.2, 0.5):
+        value = torch.tensor(lambda_, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(siss.importance_weights, (log_ratio, value))
+
+
+def test_weights_map_over_runs():
+    retain, forget, _, timesteps, x_t, _ = pairs(64, (1, 4, 4), 0.5)
+    lambdas = torch.tensor([0.01, 0.2, 0.5, 0.9])
+    mapped = torch.vmap(lambda lam: siss.mixture_targets(x_t, retain, forget, timesteps, ALPHAS, lam)[2:])(lambdas)
+    for i, lam in enumerate(lambdas):
+        alone = siss.mixture_targets(x_t, retain, forget, timesteps, ALPHAS, lam)[2:]
+        torch.testing.assert_close([w[i] for w in mapped], list(alone))
 
 
 def test_weights_equal_the_ratio_of_gaussian_densities():
@@ -60,8 +118,8 @@ def test_weights_where_labels_differ_are_exactly_those_of_separate_densities():
     retain, forget, _, timesteps, x_t, k = pairs(256, (2,), 0.3)
     labels = siss.mixture_labels(k, torch.zeros(256, dtype=torch.int64), torch.ones(256, dtype=torch.int64))
     _, _, w_r, w_f = siss.mixture_targets(x_t, retain, forget, timesteps, ALPHAS, 0.3, labels=labels)
-    torch.testing.assert_close(w_r, torch.where(k, 0.0, 1 / 0.7))
-    torch.testing.assert_close(w_f, torch.where(k, 1 / 0.3, 0.0))
+    assert torch.equal(w_r, torch.where(k, 0.0, 1 / (1 - torch.tensor(0.3))))
+    assert torch.equal(w_f, torch.where(k, 1 / torch.tensor(0.3), 0.0))
 
 
 @pytest.mark.parametrize("lambda_", [0.0, 1.0])

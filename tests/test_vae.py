@@ -76,6 +76,20 @@ def test_weights_make_one_and_keep_their_bounds(lambda_):
     assert torch.equal(w_f > 0, from_forget)
 
 
+@pytest.mark.parametrize("lambda_", [0.2, 0.5])
+def test_weights_keep_their_digits_in_large_latents(lambda_):
+    g, size, dim = torch.Generator().manual_seed(0), 20, 20_000
+    retain = Posterior(*torch.randn(2, size, dim, generator=g))
+    forget = Posterior(*(v + 0.01 * torch.randn(size, dim, generator=g) for v in retain))
+    z = retain.draw(torch.randn(size, dim, generator=g))
+    found = latent_weights(z, retain, forget, torch.tensor(lambda_), None)
+    exact = [Posterior(*(v.double() for v in side)).log_density(z.double()) for side in (retain, forget)]
+    expected = torch.softmax(torch.stack([math.log(1 - lambda_) + exact[0], math.log(lambda_) + exact[1]]), 0)
+    assert (expected > 1e-3).any(1).all()
+    torch.testing.assert_close(((1 - lambda_) * found[0]).double(), expected[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close((lambda_ * found[1]).double(), expected[1], rtol=0, atol=1e-5)
+
+
 def test_weights_stay_finite_where_densities_vanish():
     far = Posterior(torch.full((4, 3), 40.0), torch.full((4, 3), -9.0))
     near = Posterior(torch.zeros(4, 3), torch.full((4, 3), -9.0))

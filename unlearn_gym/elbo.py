@@ -28,6 +28,11 @@ class Posterior(NamedTuple):
         squared = (z - self.mean).square() * (-self.log_variance).exp()
         return -0.5 * (squared + self.log_variance + math.log(2 * math.pi)).sum(1)
 
+    def log_density_ratio(self, z: Tensor, other: Posterior) -> Tensor:
+        """Log q(z|x) - log q(z|x') with the ``other`` posterior's x', nats ``(B,)``; subtracted before it is summed."""
+        own, others = ((z - q.mean) * (-0.5 * q.log_variance).exp() for q in (self, other))
+        return 0.5 * ((others - own) * (others + own) + other.log_variance - self.log_variance).sum(1)
+
     def divergence(self) -> Tensor:
         """KL(q(z|x) ‖ N(0, I)), nats ``(B,)``."""
         return 0.5 * (self.mean.square() + self.log_variance.exp() - 1.0 - self.log_variance).sum(1)

@@ -59,7 +59,7 @@ class SISSTerms(NamedTuple):
 
 
 def dataset_factors(rule: str, num_retain: int, num_forget: int) -> tuple[float, float]:
-    """(c_r, c_f); with N = |R| + |F|, "siss" is (N/(N-K), K/(N-K)), "inverse_size" (N/|R|, N/|F|)."""
+    """(c_r, c_f); with N = |R| + |F|, "siss" is (N/(N-K), K/(N-K)), "inverse_size" (N/|R|, N/|F|), "none" (1, 1)."""
     total = num_retain + num_forget
     if rule == "siss":
         return total / num_retain, num_forget / num_retain
@@ -95,18 +95,40 @@ def _residual_noise(x_t: Tensor, x_start: Tensor, alpha_bar: Tensor) -> Tensor:
     return (x_t - alpha_bar.sqrt() * x_start) / (1.0 - alpha_bar).sqrt()
 
 
-def _log_weights(
-    retain_noise: Tensor, forget_noise: Tensor, lambda_: float | Tensor, labels: PairLabels | None
+def log_density_ratio(
+    start: Tensor, other: Tensor, noise: Tensor, other_noise: Tensor, alpha_bar: Tensor, dim: int = 1
+) -> Tensor:
+    """Log q(x_t|other) - log q(x_t|start), summed over the dimensions from ``dim`` on.
+
+    ``noise`` and ``other_noise`` lead from ``start`` and ``other`` to the same x_t; ``alpha_bar`` is ᾱ_t, with one
+    entry for each of the leading dimensions and ones behind, as it broadcasts over the samples.
+
+    Both log densities are of the size of the dimension, and their difference mostly is not: half the difference of
+    ‖noise‖² and ‖other_noise‖² is taken apart into (noise - other_noise)·(noise + other_noise) / 2, and the first
+    factor is √ᾱ (other - start) / √(1-ᾱ), whose digits the subtraction of the noises would have cost.
+    """
+    products = ((other - start) * (noise + other_noise)).flatten(dim).sum(dim)
+    return 0.5 * (alpha_bar / (1.0 - alpha_bar)).sqrt().flatten(dim).squeeze(dim) * products
+
+
+def importance_weights(
+    log_ratio: Tensor, lambda_: float | Tensor, labels: PairLabels | None = None
 ) -> tuple[Tensor, Tensor]:
-    # d = ‖x_t - √ᾱ x‖² / (2(1-ᾱ)) is half the squared norm of the noise that leads from x to x_t
-    d_retain = 0.5 * retain_noise.square().flatten(1).sum(1)
-    d_forget = 0.5 * forget_noise.square().flatten(1).sum(1)
+    """w_r = q_r/q_λ and w_f = q_f/q_λ ``(B,)`` of q_λ = (1-λ) q_r + λ q_f, from ``log_ratio (B,)`` = log q_f - log q_r.
+
+    A density is zero where ``labels`` differ. ``(1-λ) w_r + λ w_f = 1``, ``w_r <= 1/(1-λ)``, ``w_f <= 1/λ`` to
+    rounding, whatever the dimension; finite at λ = 0 and λ = 1 for everything that the mixture can draw.
+    Differentiable in a tensor ``lambda_`` in [0, 1] and in ``log_ratio``.
+    """
     if labels is not None:
-        d_retain = d_retain.masked_fill(labels.drawn != labels.retain, torch.inf)
-        d_forget = d_forget.masked_fill(labels.drawn != labels.forget, torch.inf)
-    lambda_ = torch.as_tensor(lambda_, dtype=d_retain.dtype, device=d_retain.device)
-    log_mixture = torch.logaddexp(torch.log1p(-lambda_) - d_retain, lambda_.log() - d_forget)
-    return -d_retain - log_mixture, -d_forget - log_mixture
+        log_ratio = log_ratio.masked_fill(labels.drawn != labels.retain, torch.inf)
+        log_ratio = log_ratio.masked_fill(labels.drawn != labels.forget, -torch.inf)
+    lambda_ = torch.as_tensor(lambda_, dtype=log_ratio.dtype, device=log_ratio.device)
+    # both densities over the larger one: neither overflows, and at a tie each branch gets half the gradient
+    zero = torch.zeros_like(log_ratio)
+    retain, forget = torch.minimum(-log_ratio, zero).exp(), torch.minimum(log_ratio, zero).exp()
+    mixture = (1.0 - lambda_) * retain + lambda_ * forget
+    return retain / mixture, forget / mixture
 
 
 def mixture_targets(
@@ -121,14 +143,13 @@ def mixture_targets(
 ) -> MixtureTargets:
     """What a network is to predict at ``x_t``, and with which weight: known before the network runs.
 
-    Weights are computed in log space. ``(1-λ) w_r + λ w_f = 1``, ``w_r <= 1/(1-λ)``, ``w_f <= 1/λ``; finite
-    at λ = 0 and λ = 1 for every ``x_t`` that the mixture can draw. Differentiable in a tensor ``lambda_``.
+    :func:`importance_weights` says what holds for the weights. Differentiable in a tensor ``lambda_``.
     """
     alpha_bar = per_sample(alphas_cumprod[timesteps], x_t)
     retain_noise = _residual_noise(x_t, retain, alpha_bar)
     forget_noise = _residual_noise(x_t, forget, alpha_bar)
-    log_retain, log_forget = _log_weights(retain_noise, forget_noise, lambda_, labels)
-    return MixtureTargets(retain_noise, forget_noise, log_retain.exp(), log_forget.exp())
+    log_ratio = log_density_ratio(retain, forget, retain_noise, forget_noise, alpha_bar)
+    return MixtureTargets(retain_noise, forget_noise, *importance_weights(log_ratio, lambda_, labels))
 
 
 def siss_terms(

@@ -45,9 +45,11 @@ class Nearest(NamedTuple):
 
 def nearest(samples: Tensor, others: Tensor) -> Nearest:
     """The closest of ``others`` to each of ``samples``: Euclidean, pixels in [0, 1]."""
-    other, parts = unit_range(others), unit_range(samples).split(CHUNK)
-    found = (torch.cdist(part, other).min(dim=1) for part in parts)
-    return Nearest(*(torch.cat(column) for column in zip(*found, strict=True)))
+    other, distances, places = unit_range(others), [], []
+    for part in unit_range(samples).split(CHUNK):
+        places.append(torch.cdist(part, other).argmin(dim=1))
+        distances.append((part - other[places[-1]]).norm(dim=1))  # cdist subtracts squared norms: a copy is not at 0
+    return Nearest(torch.cat(distances), torch.cat(places))
 
 
 def copy_threshold(retain: Tensor, forget: Tensor) -> float:

@@ -145,7 +145,8 @@ def towards_neighbours(batch: Batch, alphas_cumprod: Tensor, lambda_: Tensor) ->
     size = batch.noise.shape[0]
     alpha_bar = per_sample(alphas_cumprod[batch.timesteps], batch.noise).unsqueeze(1)
     noises = (drawn.x_t[size:].unsqueeze(1) - alpha_bar.sqrt() * neighbours) / (1.0 - alpha_bar).sqrt()
-    shares = torch.softmax(-0.5 * noises.square().flatten(2).sum(2), dim=1)
+    nearest_one = neighbours[:, :1], noises[:, :1]
+    shares = siss.log_density_ratio(nearest_one[0], neighbours, nearest_one[1], noises, alpha_bar, dim=2).softmax(1)
     shares = shares.view(*shares.shape, *(1,) * (noises.dim() - 2))
     return _towards(drawn, (shares * noises).sum(1))
 

@@ -70,12 +70,7 @@ def latent_weights(
     z: Tensor, retain: Posterior, forget: Posterior, lambda_: Tensor, labels: siss.PairLabels | None
 ) -> tuple[Tensor, Tensor]:
     """w_r and w_f ``(B,)`` of ``z (B, Z)``, by log densities; differentiable in all."""
-    log_retain, log_forget = retain.log_density(z), forget.log_density(z)
-    if labels is not None:
-        log_retain = log_retain.masked_fill(labels.drawn != labels.retain, -torch.inf)
-        log_forget = log_forget.masked_fill(labels.drawn != labels.forget, -torch.inf)
-    log_mixture = torch.logaddexp(torch.log1p(-lambda_) + log_retain, lambda_.log() + log_forget)
-    return (log_retain - log_mixture).exp(), (log_forget - log_mixture).exp()
+    return siss.importance_weights(forget.log_density_ratio(z, retain), lambda_, labels)
 
 
 def _mixture(model: Any, batch: Batch, lambda_: Tensor, context: Context) -> Passes:
