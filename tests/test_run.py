@@ -14,7 +14,7 @@ from unlearn_gym import siss
 from unlearn_gym.errors import RunError, SettingsError
 from unlearn_gym.models.flat import FlatParameters
 from unlearn_gym.siss import dataset_factors
-from unlearn_gym.step import mix, unpack
+from unlearn_gym.step import inner_product, mix, unpack
 
 COMBINED = {"forget_grad_rule": "loss", "grad_norms": "every:3"}
 
@@ -319,6 +319,17 @@ def test_norm_rules_do_not_blow_up_a_batch_without_forget_data(make_run, rule):
     assert silent
     assert all(t.forget_multiplier == 0 for t in silent)
     assert all(t.forget_multiplier > 0 for t in terms if t not in silent)
+
+
+@pytest.mark.parametrize("size", [1, 10_000, 5_000_000])
+def test_norms_keep_their_digits_however_many_parameters_there_are(size):
+    generator = torch.Generator().manual_seed(0)
+    a = torch.rand(size, generator=generator)
+    b = a * (torch.rand(size, generator=generator) - 0.3)
+    assert inner_product(a, a).item() == pytest.approx((a.double() @ a.double()).item(), rel=2e-6)
+    assert inner_product(a, b).item() == pytest.approx((a.double() @ b.double()).item(), rel=2e-6)
+    mapped = torch.vmap(inner_product)(torch.stack([a, b]), torch.stack([b, a]))
+    torch.testing.assert_close(mapped, inner_product(a, b).expand(2), rtol=1e-5, atol=0)
 
 
 def test_flat_parameters_are_views_in_both_layouts():

@@ -23,7 +23,7 @@ def calibrate(
     """
     if num_batches < MIN_BATCHES:
         raise SettingsError(f"num_batches={num_batches} must be at least {MIN_BATCHES}")
-    settings = task.settings.override(dataset_factors="none")
+    settings = task.settings.override(dataset_factors="none", loss_reduction="mean")
     alphas_cumprod = task.schedule.alphas_cumprod()
     run = UnlearningRun(task.pretrained_model(), data, alphas_cumprod, settings, seed)
     terms = [run.measure(0.5) for _ in range(num_batches)]

@@ -25,8 +25,10 @@ from unlearn_gym.step import (
     GradientNorms,
     StepTerms,
     clip_factor,
+    clip_values,
     draw_batch,
     gradient_norms,
+    inner_product,
     pack,
     unpack,
 )  # fmt: skip
@@ -70,7 +72,7 @@ def make_optimizer(settings: RunSettings, vectors: list[nn.Parameter]) -> torch.
     if settings.optimizer == "sgd":
         return torch.optim.SGD(vectors, lr=settings.learning_rate, fused=True)
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
-    return kind(vectors, lr=settings.learning_rate, weight_decay=0.0, fused=True)
+    return kind(vectors, lr=settings.learning_rate, betas=settings.adam_betas, weight_decay=0.0, fused=True)
 
 
 class UnlearningRun:
@@ -118,9 +120,11 @@ class UnlearningRun:
         self.update_grad = torch.zeros_like(self.flat.vector.data)
         self._update_views = self.flat.gradient_views(self.update_grad)
         self.optimizer = make_optimizer(settings, [self.flat.vector])
-        self.retain_coef, self.forget_coef = siss.dataset_factors(
+        factors = siss.dataset_factors(
             settings.dataset_factors, data.retain_size or len(data.retain), data.forget_size or len(data.forget)
         )
+        pixels = data.retain[0].numel() if settings.loss_reduction == "sum" else 1
+        self.retain_coef, self.forget_coef = (pixels * factor for factor in factors)
         self._coefs = {"retain_coef": self.retain_coef, "forget_coef": self.forget_coef}
         self._context = Context(settings, self.alphas_cumprod, **self._coefs)
         self._signed_scale = self.objective.sign * settings.forget_scale
@@ -172,6 +176,7 @@ class UnlearningRun:
         else:
             measured = self._combined_gradient(batch, value)
             self.update_grad.mul_(clip_factor(measured.norms.update, self.settings.max_grad_norm))
+        clip_values(self.update_grad, self.settings.max_grad_value)
         self.flat.vector.grad = self.update_grad
         self.optimizer.step()
         self.flat.vector.grad = None  # an optimizer that runs share steps those that have a gradient
@@ -205,7 +210,7 @@ class UnlearningRun:
             errors = self.family.errors(self.model, x, labels, batch.noise, batch.timesteps, self.alphas_cumprod)
             loss = coef * errors.mean()
             self._backward(loss, None, gradient, views, retain_graph=False)
-            values += [loss.detach(), gradient.norm()]
+            values += [loss.detach(), inner_product(gradient, gradient).sqrt()]
         losses_and_norms = torch.stack(values)[[0, 2, 1, 3]]
         return np.asarray(losses_and_norms.tolist(), dtype=np.float64)
 
@@ -244,7 +249,8 @@ class UnlearningRun:
             self._backward(passes.direct, None, self.update_grad, self._update_views, retain_graph=False)
             self.retain_grad += self.update_grad
             whole = torch.add(self.retain_grad, norms.forget_multiplier * self.forget_grad, alpha=-1.0)
-            norms = norms._replace(direct=self.update_grad.norm(), update=whole.norm())
+            direct, update = (inner_product(g, g).sqrt() for g in (self.update_grad, whole))
+            norms = norms._replace(direct=direct, update=update)
         return Measured(passes.terms, norms, passes.from_forget, passes.lambda_gradients)
 
     def _weighted_rows(self, targets: siss.MixtureTargets) -> tuple[Tensor, Tensor] | None:
@@ -299,7 +305,7 @@ class UnlearningRun:
             output_grad = retain_output_grad - scale * forget_output_grad
         self._backward(output, output_grad, self.update_grad, self._update_views, retain_graph=False)
         self._norms_age += 1
-        norm = self.update_grad.norm()
+        norm = inner_product(self.update_grad, self.update_grad).sqrt()
         retain, forget, direct = self._known_norms
         norms = GradientNorms(retain, forget, torch.full_like(norm, scale), norm, direct)
         return Measured(terms, norms, from_forget, slopes)

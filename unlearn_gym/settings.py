@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -21,6 +21,21 @@ MAKER_ARGUMENTS = {
     "max_episode_steps": "gym.make, or of gym.make_vec with vectorization_mode='sync'; horizon= sets the length here",
 }
 """Arguments that users give as settings by mistake, and what they are arguments of."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "siss-code": {
+        "dataset_factors": "none", "loss_reduction": "sum", "forget_grad_rule": "fixed_norm", "forget_grad_norm": 5.0,
+        "max_grad_norm": 1.0, "optimizer": "adamw", "adam_betas": (0.95, 0.999),
+    },
+    "sfd-code": {
+        "objective": "sfd", "dataset_factors": "none", "loss_reduction": "sum", "forget_grad_rule": "loss",
+        "max_grad_norm": None, "max_grad_value": 1.0, "optimizer": "adam", "adam_betas": (0.0, 0.999),
+        "score_alpha": 1.2, "fake_timesteps": "scores", "fake_forget_coef": 0.01, "redraw_samples": True,
+        "lambda_min": 0.0, "lambda_init": 0.01,
+    },
+}  # fmt: skip
+"""What ``preset=`` stands for: updates as public code makes them, see ``docs/objectives.md``. Options given beside a
+preset go before it; the size of the run (``batch_size``, ``learning_rate``, ``horizon``) is not part of one."""
 
 
 def usable_device(name: str) -> str:
@@ -38,12 +53,21 @@ class RunSettings(BaseModel):
     ``objective``: what an update minimises, see :mod:`unlearn_gym.objectives`; all but ``"siss"`` are baselines.
 
     ``dataset_factors`` gives (c_r, c_f), with N samples in all and K to forget: ``"siss"`` = (N/(N-K), K/(N-K)),
-    the SISS paper and code; ``"inverse_size"`` = (N/(N-K), N/K), the adaptive-λ paper's text; ``"none"`` = (1, 1).
+    the SISS paper's; ``"inverse_size"`` = (N/(N-K), N/K), the adaptive-λ paper's text; ``"none"`` = (1, 1), as in the
+    public SISS code. That code also sums errors over pixels and rescales the forget gradient to a norm: all of it is
+    ``preset="siss-code"``, to be given where settings are, as in ``gym.make`` (:data:`PRESETS`; ``"sfd-code"`` is
+    the public score forgetting distillation's).
+
+    ``loss_reduction``: ``"mean"`` takes errors as means over the D pixels of a sample, ``"sum"`` as sums. Losses and
+    gradients are then D times larger, and with them what ``forget_grad_norm``, ``max_grad_norm``, ``max_grad_value``,
+    the reward ``"siss"`` and Adam's ε (1e-8) are measured against.
 
     ``forget_grad_rule``: ``"loss"`` uses the gradient of L_SISS as it is, ``"fixed_norm"`` rescales the forget
     gradient to ``forget_grad_norm``, ``"relative_norm"`` to ``forget_grad_norm`` times the retain gradient's
     norm. Under both norm rules a batch whose forget weights are all below 0.001 gets no forget gradient, as
     rescaling would turn its noise into a full step, and ``forget_scale`` shows in the reported loss alone.
+
+    ``max_grad_norm`` clips the whole gradient by its norm, ``max_grad_value`` then each of its entries.
 
     ``grad_norms``: ``"exact"`` measures ‖g_r‖ and ‖g_f‖ in every update; ``"every:4"`` only in every fourth and
     makes the others with one backward pass of L_SISS: for ``forget_grad_rule="loss"``, which needs no norms. The
@@ -56,8 +80,9 @@ class RunSettings(BaseModel):
     has the groups and what each costs.
 
     Of VAEs alone: ``kl_coef`` and ``encoder_gradient`` (:mod:`unlearn_gym.objectives.latent`). Of ``objective="sfd"``
-    alone: ``override_classes`` (default: the next kept class), ``score_alpha``, ``hybrid_coef`` and
-    ``fake_learning_rate`` (:mod:`unlearn_gym.objectives.score_forgetting`).
+    alone: ``override_classes`` (default: the next kept class), ``score_alpha``, ``hybrid_coef``,
+    ``fake_learning_rate``, ``fake_timesteps``, ``fake_forget_coef`` and ``redraw_samples``
+    (:mod:`unlearn_gym.objectives.score_forgetting`).
 
     ``reward``: ``"siss"`` is -L_SISS less the smoothness penalty, ``"potential"`` the change of a score on a fixed
     probe set; the environment's docstring has both formulas.
@@ -67,13 +92,16 @@ class RunSettings(BaseModel):
 
     objective: Literal["siss", "siss-no-is", "bernoulli", "naive", "neggrad", "erasediff", "retrack", "sfd"] = "siss"
     dataset_factors: Literal["siss", "inverse_size", "none"] = "siss"
+    loss_reduction: Literal["mean", "sum"] = Field("mean", description="over pixels")
     forget_grad_rule: Literal["loss", "fixed_norm", "relative_norm"] = "relative_norm"
     forget_grad_norm: float = Field(0.5, ge=0)
     forget_scale: float = Field(1.0, ge=0, description="1 + s: weight of the forget term")
     grad_norms: str = Field("exact", description="'exact' or 'every:k'")
     skip_zero_weights: bool = True
     max_grad_norm: float | None = Field(1.0, gt=0, description="None: no clipping")
+    max_grad_value: float | None = Field(None, gt=0, description="None: entries are not clipped")
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     learning_rate: float = Field(5e-5, gt=0)
     batch_size: int = Field(16, ge=1)
     horizon: int = Field(60, ge=1)
@@ -96,6 +124,9 @@ class RunSettings(BaseModel):
     score_alpha: float = Field(1.2, ge=0, description="α of score identity distillation")
     hybrid_coef: float = Field(0.0, ge=0, description="weight of SISS beside score forgetting distillation")
     fake_learning_rate: float | None = Field(None, gt=0, description="None: learning_rate")
+    fake_timesteps: Literal["all", "scores"] = Field("all", description="'scores': those that scores are compared at")
+    fake_forget_coef: float = Field(1.0, ge=0, description="weight of the forgotten classes in the fake network's loss")
+    redraw_samples: bool = Field(False, description="generate samples anew once the fake network has learned")
     device: str = "cpu"
 
     @field_validator("grad_norms")
@@ -161,14 +192,22 @@ class RunSettings(BaseModel):
         return int(self.grad_norms.removeprefix("every:")) if self.grad_norms != "exact" else 1
 
     def override(self, **options: Any) -> RunSettings:
-        """A copy with ``options`` replaced; raises :class:`SettingsError` for a bad name or value."""
+        """A copy with ``options`` replaced, and with what a ``preset`` among them stands for beneath them.
+
+        Raises :class:`SettingsError` for a bad name or value.
+        """
+        preset = options.pop("preset", None)
+        if preset is not None:
+            if not isinstance(preset, str) or preset not in PRESETS:
+                raise SettingsError(f"preset={preset!r} must be one of {', '.join(map(repr, PRESETS))}")
+            options = {**PRESETS[preset], **options}
+        arguments = [*type(self).model_fields, "preset", *MAKER_ARGUMENTS]
         for name in options:
             if name in MAKER_ARGUMENTS:
                 raise SettingsError(f"{name!r} is no run setting but an argument of {MAKER_ARGUMENTS[name]}")
             if name not in type(self).model_fields:
-                close = difflib.get_close_matches(name, [*type(self).model_fields, *MAKER_ARGUMENTS], n=1)
-                known = ", ".join([*type(self).model_fields, *MAKER_ARGUMENTS])
-                hint = f"did you mean {close[0]!r}?" if close else f"known: {known}"
+                close = difflib.get_close_matches(name, arguments, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(arguments)}"
                 raise UnknownOptionError(f"got an unexpected keyword argument {name!r}; {hint}")
         try:
             return type(self).model_validate({**self.model_dump(), **options})

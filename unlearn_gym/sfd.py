@@ -80,8 +80,18 @@ def score_terms(
 
 
 def denoising_loss(
-    network: Predictor, samples: Tensor, labels: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor
+    network: Predictor,
+    samples: Tensor,
+    labels: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    alphas_cumprod: Tensor,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """Noise-prediction loss, 0-dim: what the fake network learns the generator's samples by."""
+    """Noise-prediction loss, 0-dim: what the fake network learns the generator's samples by.
+
+    The mean over samples and pixels, each sample's error times its entry of ``weights (B,)`` where there are some.
+    """
     pred = network(q_sample(samples, noise, timesteps, alphas_cumprod), timesteps, labels)
-    return (pred - noise).square().mean()
+    errors = (pred - noise).square()
+    return (errors if weights is None else per_sample(weights, errors) * errors).mean()

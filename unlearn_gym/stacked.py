@@ -13,7 +13,7 @@ from unlearn_gym import siss
 from unlearn_gym.errors import RunError
 from unlearn_gym.objectives import EpsilonObjective
 from unlearn_gym.run import UnlearningRun, make_optimizer
-from unlearn_gym.step import Batch, Draw, StepTerms, clip_factor, gradient_norms, pack, unpack
+from unlearn_gym.step import Batch, Draw, StepTerms, clip_factor, clip_values, gradient_norms, pack, unpack
 from unlearn_gym.torch_state import insulated
 
 
@@ -79,7 +79,9 @@ class StackedRuns:
         norms = self._norms(retain_grad, forget_grad, terms.forget_weight)
         scale = clip_factor(norms.update, self.settings.max_grad_norm)
         forget_scale = scale * norms.forget_multiplier
-        self._optimize(runs, retain_grad.mul_(scale[:, None]).addcmul_(forget_grad, forget_scale[:, None], value=-1.0))
+        update = retain_grad.mul_(scale[:, None]).addcmul_(forget_grad, forget_scale[:, None], value=-1.0)
+        clip_values(update, self.settings.max_grad_value)
+        self._optimize(runs, update)
         with torch.no_grad():
             packed = self._pack(draws.from_forget, terms, norms, values, self._rows(lambdas).sum(1), runs[0].grid)
         return self._unpack(lambdas, packed)

@@ -222,13 +222,20 @@ def _rule_text(results: Results) -> str:
     return f"forget gradient rule `{s['forget_grad_rule']}`{norm}, "
 
 
+def _clip_text(results: Results) -> str:
+    """How the gradient was clipped, and of what: errors summed over pixels make it D times larger."""
+    s = results.settings
+    by_value = "" if s["max_grad_value"] is None else f", entries at {s['max_grad_value']:g}"
+    return f"clip {s['max_grad_norm']}{by_value}{', errors summed over pixels' * (s['loss_reduction'] == 'sum')}"
+
+
 def _protocol(results: Results) -> list[str]:
     s, evaluation = results.settings, results.raw["comparison"]["evaluation"]
     lines = [
         f"Task `{results.task}`, {_objective_text(results)}.",
         f"{s['horizon']} updates of {s['optimizer']} at {s['learning_rate']:g}, batch "
         f"{s['batch_size']}, λ in [{s['lambda_min']}, {s['lambda_max']}], data-set factors `{s['dataset_factors']}`, "
-        f"{_rule_text(results)}1+s = {s['forget_scale']:g}, clip {s['max_grad_norm']}; "
+        f"{_rule_text(results)}1+s = {s['forget_scale']:g}, {_clip_text(results)}; "
         f"{results.raw['num_retain']} retain and {results.raw['num_forget']} forget samples.",
         "Every policy of a seed starts from the same weights and sees the same samples, noise and mask uniforms.",
         f"{LOSSES[results.family]}; retain loss on held-out data. Samples: "

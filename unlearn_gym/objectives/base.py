@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from unlearn_gym import siss
 from unlearn_gym.models.flat import FlatParameters, optimizer_state, restore_optimizer
 from unlearn_gym.settings import RunSettings
-from unlearn_gym.step import Batch
+from unlearn_gym.step import Batch, clip_values
 from unlearn_gym.tasks.data import TaskData
 
 LambdaRole = Literal["mixture", "weight", "none"]
@@ -115,8 +115,8 @@ class Learner:
         self._views = self.flat.gradient_views(self.gradient)
         self.optimizer = torch.optim.Adam([self.flat.vector], lr=learning_rate, betas=(0.0, 0.999), fused=True)
 
-    def step(self, loss: Tensor, max_grad_norm: float | None = None) -> None:
-        """One optimizer step down ``loss``, 0-dim, its gradient clipped at ``max_grad_norm``."""
+    def step(self, loss: Tensor, max_grad_norm: float | None = None, max_grad_value: float | None = None) -> None:
+        """One optimizer step down ``loss``, 0-dim, its gradient clipped by its norm and then by its entries."""
         self.gradient.zero_()
         self.flat.point_gradients(self._views)
         torch.autograd.backward(loss, inputs=self.flat.parameters)
@@ -124,6 +124,7 @@ class Learner:
         self.flat.vector.grad = self.gradient
         if max_grad_norm is not None:
             nn.utils.clip_grad_norm_([self.flat.vector], max_grad_norm)
+        clip_values(self.gradient, max_grad_value)
         self.optimizer.step()
         self.flat.vector.grad = None
 

@@ -9,7 +9,15 @@ where L_remain is the Fisher divergence (:func:`unlearn_gym.sfd.score_terms`) of
 classes to the teacher's score of them, and L_forget that of what it makes of a forgotten class to the teacher's score
 of the class that overrides it. Nothing is drawn from data but their classes. Any number of classes is forgotten at
 once, each with its own override: the multi-class form of arXiv 2512.01054, as λ in place of two fixed coefficients
-is its adaptive one. SFD's code has coefficients 1 and 0.01.
+is its adaptive one.
+
+The public loop does some things in other ways; ``preset="sfd-code"`` sets the options for them. Its coefficients are
+1 and 0.01, for the generator (λ = 0.01, but for a factor of 0.99) and for the fake network (``fake_forget_coef``).
+Both networks see 38 to 711 of 1,000 timesteps, here the fake network all of them (``fake_timesteps``). The generator's
+step has samples of its own, here it takes those that the fake network has just learned from, which spares a pass
+(``redraw_samples``). Errors are summed over pixels (``loss_reduction``), and gradients clipped entry by entry at 1
+(``max_grad_value``). Left out are its dropout, its moving average of the generator, and its draw of kept classes from
+data: here all are equally likely.
 
 With ``hybrid_coef`` h > 0 the SISS loss on real pairs is added, h L_SISS(λ), of the generator's network as a denoiser
 at its own timestep: the direct gradient beside the data-free ones. No equation of the paper's hybrid is public; this
@@ -31,22 +39,27 @@ from unlearn_gym.step import Batch, mix
 from unlearn_gym.tasks.data import TaskData
 
 SCORE_TIMESTEPS = (0.038, 0.712)
-"""Share of T between which scores are compared; SFD's code: 38 to 712 of 1,000."""
+"""Share of T between which scores are compared; SFD's code: 38 to 711 of 1,000."""
 
 
 class Classes(NamedTuple):
-    """Kept classes ``(K,)``, forgotten ones ``(F,)`` and what overrides each of those ``(F,)``."""
+    """Kept classes ``(K,)``, forgotten ones ``(F,)`` and what overrides each of those ``(F,)``.
+
+    ``redraw``: whether batches hold noise for a second draw of samples.
+    """
 
     kept: Tensor
     forgotten: Tensor
     overrides: Tensor
+    redraw: bool
 
 
 class ScoreDraw(NamedTuple):
     """What an update draws for one side: labels, the teacher's labels, noises ``(B, *S)`` and timesteps ``(B,)``.
 
     ``noise`` is what the generator starts from, ``score_noise`` at ``timesteps`` what scores are compared in,
-    ``fake_noise`` at ``fake_timesteps`` what the fake network learns in.
+    ``fake_noise`` at ``fake_timesteps`` what the fake network learns in, ``fake_start`` what the samples that it learns
+    are generated from, where they are not the generator's own of this update.
     """
 
     labels: Tensor
@@ -56,6 +69,13 @@ class ScoreDraw(NamedTuple):
     timesteps: Tensor
     fake_noise: Tensor
     fake_timesteps: Tensor
+    fake_start: Tensor | None = None
+
+
+def _timesteps(shares: Tensor, num_timesteps: int, span: tuple[float, float]) -> Tensor:
+    """The timesteps of ``shares`` in [0, 1) of the way through a ``span`` of T."""
+    low, high = (share * num_timesteps for share in span)
+    return (low + shares * (high - low)).long()
 
 
 def override_pairs(kept: list[int], forgotten: list[int], pairs: tuple[tuple[int, int], ...] | None) -> list[int]:
@@ -83,7 +103,10 @@ class ScoreForgetting(OwnPasses):
 
     lambda_role = "weight"
     learns_target = True
-    own_options = frozenset({"override_classes", "score_alpha", "hybrid_coef", "fake_learning_rate"})
+    own_options = frozenset({
+        "override_classes", "score_alpha", "hybrid_coef", "fake_learning_rate", "fake_timesteps", "fake_forget_coef",
+        "redraw_samples",
+    })  # fmt: skip
 
     def trained(self, model: Any) -> nn.Module:
         """The generator."""
@@ -105,28 +128,32 @@ class ScoreForgetting(OwnPasses):
         kept = data.retain_labels.unique()
         kept = kept[~torch.isin(kept, forgotten)]
         overrides = override_pairs(kept.tolist(), forgotten.tolist(), settings.override_classes)
-        return Classes(kept, forgotten, torch.tensor(overrides, device=kept.device))
+        return Classes(kept, forgotten, torch.tensor(overrides, device=kept.device), settings.redraw_samples)
 
     def complete(self, batch: Batch, data: TaskData, prepared: Classes, generator: torch.Generator) -> Batch:
         """``batch`` with the classes, noises and timesteps of both sides."""
         return batch._replace(extra=tuple(
-            self._draw(batch, labels, teacher_labels, generator)
+            self._draw(batch, labels, teacher_labels, generator, redraw=prepared.redraw)
             for labels, teacher_labels in ((prepared.kept, prepared.kept), (prepared.forgotten, prepared.overrides))
         ))  # fmt: skip
 
-    def _draw(self, batch: Batch, labels: Tensor, teacher_labels: Tensor, generator: torch.Generator) -> ScoreDraw:
+    def _draw(
+        self, batch: Batch, labels: Tensor, teacher_labels: Tensor, generator: torch.Generator, *, redraw: bool
+    ) -> ScoreDraw:
         size, device = len(batch.timesteps), generator.device
         place = torch.randint(len(labels), (size,), generator=generator, device=device)
-        noises = [torch.randn(batch.noise.shape, generator=generator, device=device) for _ in range(3)]
+        noises = [torch.randn(batch.noise.shape, generator=generator, device=device) for _ in range(3 + redraw)]
         shares = torch.rand(2, size, generator=generator, device=device)
-        return ScoreDraw(labels[place], teacher_labels[place], noises[0], noises[1], shares[0], noises[2], shares[1])
+        return ScoreDraw(
+            labels[place], teacher_labels[place], noises[0], noises[1], shares[0], noises[2], shares[1], *noises[3:]
+        )
 
     def passes(self, model: Any, batch: Batch, lambda_: Tensor, context: Context, learner: Learner | None) -> Passes:
         """Generate both sides, let the fake network learn them, and compare scores."""
         alphas_cumprod, s = context.alphas_cumprod, context.settings
         samples = [sfd.generate(model.generator, d.noise, d.labels, alphas_cumprod, model.start) for d in batch.extra]
         if learner is not None:
-            learner.step(self._fake_loss(model, samples, batch.extra, alphas_cumprod))
+            learner.step(self._fake_loss(model, samples, batch, context), max_grad_value=s.max_grad_value)
         scores = [
             self._scores(model, x, draw, alphas_cumprod, s.score_alpha)
             for x, draw in zip(samples, batch.extra, strict=True)
@@ -143,20 +170,31 @@ class ScoreForgetting(OwnPasses):
         passes = Passes(retain, forget, terms, both)
         return self._with_siss(passes, model, batch, lambda_, context) if s.hybrid_coef > 0 else passes
 
-    def _fake_loss(
-        self, model: Any, samples: list[Tensor], draws: tuple[ScoreDraw, ...], alphas_cumprod: Tensor
-    ) -> Tensor:
+    def _fake_loss(self, model: Any, samples: list[Tensor], batch: Batch, context: Context) -> Tensor:
+        """The fake network's loss on the samples of both sides, or on such as are drawn for it."""
+        draws, alphas_cumprod, s = batch.extra, context.alphas_cumprod, context.settings
+        if s.redraw_samples:
+            with torch.no_grad():
+                samples = [
+                    sfd.generate(model.generator, d.fake_start, d.labels, alphas_cumprod, model.start) for d in draws
+                ]
         labels, noise, shares = (
             torch.cat([getattr(d, name) for d in draws]) for name in ("labels", "fake_noise", "fake_timesteps")
         )
-        timesteps = (shares * len(alphas_cumprod)).long()
-        return sfd.denoising_loss(model.fake, torch.cat(samples).detach(), labels, noise, timesteps, alphas_cumprod)
+        span = SCORE_TIMESTEPS if s.fake_timesteps == "scores" else (0.0, 1.0)
+        timesteps = _timesteps(shares, len(alphas_cumprod), span)
+        weights = None
+        if s.fake_forget_coef != 1.0:
+            weights = torch.ones_like(shares)
+            weights[len(shares) // 2 :] = s.fake_forget_coef
+        drawn = torch.cat(samples).detach()
+        loss = sfd.denoising_loss(model.fake, drawn, labels, noise, timesteps, alphas_cumprod, weights)
+        return loss * 2 * drawn[0].numel() if s.loss_reduction == "sum" else loss
 
     def _scores(
         self, model: Any, samples: Tensor, draw: ScoreDraw, alphas_cumprod: Tensor, alpha: float
     ) -> sfd.ScoreTerms:
-        low, high = (share * len(alphas_cumprod) for share in SCORE_TIMESTEPS)
-        timesteps = (low + draw.timesteps * (high - low)).long()
+        timesteps = _timesteps(draw.timesteps, len(alphas_cumprod), SCORE_TIMESTEPS)
         return sfd.score_terms(
             samples, draw.score_noise, timesteps, alphas_cumprod, teacher=model.teacher, fake=model.fake,
             teacher_labels=draw.teacher_labels, fake_labels=draw.labels, alpha=alpha,
