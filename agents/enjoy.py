@@ -10,12 +10,13 @@ import tyro
 from PIL import Image
 
 from agents.main import read_manifest, run_command
+from unlearn_gym.cli.arguments import Trust
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.envs.siss_unlearn import DEFAULT_TASK
 from unlearn_gym.errors import SettingsError
 from unlearn_gym.evaluation.episode import Episode, policy_context, run_episode
 from unlearn_gym.instances import load_instances
-from unlearn_gym.policies import make_policy
+from unlearn_gym.policies import make_policy, split_name
 
 help_ = tyro.conf.arg
 FRAME_MILLISECONDS = 120
@@ -34,6 +35,7 @@ def enjoy(
     seed: Annotated[int, help_(help="of the episode")] = 0,
     frame_every: Annotated[int, help_(help="updates between frames")] = 3,
     out: Annotated[Path, help_(help="folder of episode.gif and lambda.csv")] = Path("runs/enjoy"),
+    trust: Trust = False,
 ) -> Episode:
     """Run one episode of a policy; writes episode.gif (samples, λ and losses along the run) and lambda.csv."""
     if frame_every < 1:
@@ -46,6 +48,7 @@ def enjoy(
     number = instance or 0
     if known and not 0 <= number < len(known):
         raise SettingsError(f"instance={number}: {instances} has {len(known)}, numbered from 0")
+    policy = split_name(policy)[1]
     trained = read_manifest(policy)
     if known is None and task is None and trained.get("instances"):
         known, number = load_instances(trained["instances"]), 0
@@ -58,7 +61,7 @@ def enjoy(
         },
     )  # fmt: skip
     env.reset(options={"instance": known[number]} if known else None)
-    chosen = make_policy(policy, policy_context(env))
+    chosen = make_policy(policy, policy_context(env), trust=trust)
     frames: list[Image.Image] = []
 
     def look() -> None:

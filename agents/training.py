@@ -11,7 +11,6 @@ import json
 import re
 import shutil
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,16 +21,16 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.type_aliases import PolicyPredictor
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
-from agents.config import AgentConfig, algorithm_class
+from agents.checkpoints import restore_checkpoint, save_checkpoint
+from agents.config import AgentConfig
 from unlearn_gym import ENV_ID
 from unlearn_gym.envs import SB3VecEnv
-from unlearn_gym.errors import SettingsError, error_line
+from unlearn_gym.errors import SettingsError
 from unlearn_gym.files import sha256, write_json
 from unlearn_gym.instances import load_instances
 from unlearn_gym.settings import describe_validation_error, usable_device
@@ -40,7 +39,6 @@ FIRST_TRAINING_SEED = 1_000_000
 """Training seeds begin here and validation seeds at twice that; a comparison's begin at 0."""
 FIRST_VALIDATION_SEED = 2 * FIRST_TRAINING_SEED
 SEEDS_PER_TRAINING = 10_000
-BUFFER_ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 
 StageDone = Callable[[dict[str, Any]], None]
 
@@ -236,12 +234,7 @@ def static_returns(plan: Plan) -> dict[str, float]:
 def _keep(plan: Plan, agent: BaseAlgorithm, stages: list[dict[str, Any]], folder: Path) -> None:
     """A checkpoint that counts once ``progress.json`` names it, and the best agent so far."""
     checkpoint = folder / "checkpoints" / str(agent.num_timesteps)
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    agent.save(checkpoint / "agent.zip")
-    buffer = getattr(agent, "replay_buffer", None)
-    if isinstance(buffer, ReplayBuffer):
-        arrays = {name: getattr(buffer, name) for name in BUFFER_ARRAYS if hasattr(buffer, name)}
-        np.savez_compressed(checkpoint / "replay.npz", position=[buffer.pos, buffer.full], **arrays)
+    save_checkpoint(agent, checkpoint)
     means = [np.mean(stage["returns"]) for stage in stages]
     if int(np.argmax(means)) == len(means) - 1:
         shutil.copy(checkpoint / "agent.zip", folder / "best_model.zip")
@@ -253,22 +246,10 @@ def _keep(plan: Plan, agent: BaseAlgorithm, stages: list[dict[str, Any]], folder
 
 
 def _restore(plan: Plan, folder: Path, stages: list[dict[str, Any]], env: VecEnv) -> BaseAlgorithm:
-    """The agent of the last checkpoint; raises ``SettingsError`` when it is not the file that was written."""
+    """The agent of the last checkpoint, made anew from the plan; raises ``SettingsError`` when a file of the checkpoint
+    is not the one that was written.
+    """
     checkpoint = folder / "checkpoints" / str(stages[-1]["timesteps"])
-    path = checkpoint / "agent.zip"
-    remedy = "start anew in another --out"
-    if not path.is_file() or sha256(path) != stages[-1]["sha256"]:
-        raise SettingsError(f"{path} is missing or damaged; {remedy}")
-    agent = algorithm_class(plan.config.algorithm).load(path, env=env, device=plan.device)
-    buffer = getattr(agent, "replay_buffer", None)
-    if isinstance(buffer, ReplayBuffer):
-        try:
-            with np.load(checkpoint / "replay.npz", allow_pickle=False) as arrays:
-                for name in (name for name in BUFFER_ARRAYS if hasattr(buffer, name)):
-                    getattr(buffer, name)[:] = arrays[name]
-                buffer.pos, buffer.full = int(arrays["position"][0]), bool(arrays["position"][1])
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise SettingsError(
-                f"{checkpoint / 'replay.npz'} is missing or damaged ({error_line(error)}); {remedy}"
-            ) from None
+    agent = plan.config.make(env, device=plan.device, seed=plan.stage_seed(0))
+    restore_checkpoint(agent, checkpoint, stages[-1]["sha256"])
     return agent

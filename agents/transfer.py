@@ -17,16 +17,16 @@ from tqdm import tqdm
 
 import unlearn_gym
 from agents.main import invocation, read_manifest, run_command
-from unlearn_gym.cli.arguments import OptionTexts, parse_options
+from unlearn_gym.cli.arguments import OptionTexts, Trust, parse_options
 from unlearn_gym.engines import run_calls
 from unlearn_gym.envs import SISSUnlearnEnv
-from unlearn_gym.errors import ResultsError, error_line
+from unlearn_gym.errors import PolicyError, ResultsError, error_line
 from unlearn_gym.evaluation.episode import policy_context, run_episode
 from unlearn_gym.evaluation.statistics import Estimate, bootstrap_mean, holm, paired_difference, paired_p_value
 from unlearn_gym.evaluation.tables import NOTHING, estimate_text, markdown_table, p_text
 from unlearn_gym.files import sha256, write_json
 from unlearn_gym.instances import Instance, load_instances
-from unlearn_gym.policies import existing_sources, make_policy
+from unlearn_gym.policies import existing_sources, make_policy, split_name
 from unlearn_gym.tasks import Task, get_task, load_data
 
 help_ = tyro.conf.arg
@@ -53,20 +53,24 @@ class Score:
 
 
 class Cell(NamedTuple):
-    """A policy on an instance of a set, whose number is the episode's seed."""
+    """A policy, by what it is called and what it is, on an instance of a set, whose number is the episode's seed."""
 
     set: str
     policy: str
+    spec: str
     number: int
     instance: Instance
     key: str
 
 
-def run_instance(key: str, spec: str, instance: Instance, seed: int, options: dict[str, Any]) -> tuple[str, Score]:
+def run_instance(
+    key: str, spec: str, instance: Instance, seed: int, options: dict[str, Any], trust: bool
+) -> tuple[str, Score]:
     """One episode of a policy on one instance, under its ``key``."""
     torch.set_num_threads(1)
     env = _env_of(instance, options)
-    episode = run_episode(env, make_policy(spec, policy_context(env)), seed, probe_every=env.settings.horizon)
+    chooser = make_policy(spec, policy_context(env), trust=trust)
+    episode = run_episode(env, chooser, seed, probe_every=env.settings.horizon)
     forget, retain = episode.probe["forget_loss"], episode.probe["retain_loss"]
     if episode.diverged or not np.isfinite([*forget, *retain]).all():
         return key, Score(None, None, None, episode.episode_return)
@@ -77,13 +81,14 @@ def run_instance(key: str, spec: str, instance: Instance, seed: int, options: di
 def transfer(
     policies: Annotated[
         tyro.conf.Positional[tuple[str, ...]],
-        help_(help="agents' .zip files, other policies as in 'compare'"),
+        help_(help="agents' .zip files, other policies as in 'compare', also mine=agent.zip"),
     ],
     on: Annotated[tuple[str, ...], help_(help="sets to score them on")] = ("gaussians-2d/test",),
     statics: Annotated[tuple[str, ...], help_(help="what they are compared with")] = DEFAULT_STATICS,
     option: OptionTexts = (),
     jobs: Annotated[int, help_(help="processes")] = 1,
     out: Annotated[Path, help_(help="folder of results.json and transfer.md")] = Path("runs/transfer"),
+    trust: Trust = False,
 ) -> Path:
     """Score policies on instances that no agent was trained on, against the best static λ by hindsight of each set.
 
@@ -91,17 +96,23 @@ def transfer(
     holds is not run again. OUT/scores.json is what 'unlearn-gym agents' shows of agents that ship.
     """
     options = parse_options(option)
-    everyone = tuple(dict.fromkeys((*statics, *policies)))
+    everyone: dict[str, str] = {}
+    for name, spec in map(split_name, (*statics, *policies)):
+        if everyone.setdefault(name, spec) != spec:
+            raise PolicyError(f"{name!r} names both {everyone[name]} and {spec}; give each a name of its own")
     sets = {name: load_instances(name) for name in on}
     cells = [
-        Cell(name, spec, number, instance, _key(spec, instance, number, options))
-        for name, instances in sets.items() for spec in everyone for number, instance in enumerate(instances)
+        Cell(name, policy, spec, number, instance, _key(spec, instance, number, options))
+        for name, instances in sets.items()
+        for policy, spec in everyone.items()
+        for number, instance in enumerate(instances)
     ]  # fmt: skip
     found = _read_scores(out / "results.json")
     missing = {cell.key: cell for cell in cells if cell.key not in found}
     for cell in {(cell.set, cell.policy): cell for cell in missing.values()}.values():
-        make_policy(cell.policy, policy_context(_env_of(cell.instance, options)))  # fails before anything runs
-    calls = [(cell.key, cell.policy, cell.instance, cell.number, options) for cell in missing.values()]
+        context = policy_context(_env_of(cell.instance, options))
+        make_policy(cell.spec, context, trust=trust)  # fails before anything runs
+    calls = [(cell.key, cell.spec, cell.instance, cell.number, options, trust) for cell in missing.values()]
     ran = run_calls("joblib", run_instance, calls, jobs)
     out.mkdir(parents=True, exist_ok=True)
     command = invocation("transfer")
@@ -112,9 +123,9 @@ def transfer(
     finally:  # what an interruption leaves is kept
         write_json(out / "results.json", {**about, "scores": {k: asdict(v) for k, v in found.items()}})
     summaries = summarise([(cell, found[cell.key]) for cell in cells])
-    write_json(out / "scores.json", _scores_of_agents(summaries, command))
+    write_json(out / "scores.json", _scores_of_agents(summaries, everyone, command))
     page = out / "transfer.md"
-    page.write_text(_page(summaries, command), encoding="utf-8")
+    page.write_text(_page(summaries, everyone, command), encoding="utf-8")
     print(f"\n{page.read_text()}\n{page}")
     return page
 
@@ -200,7 +211,7 @@ def _summarise_set(name: str, by_policy: dict[str, dict[int, Score]]) -> list[Su
     return summaries
 
 
-def _page(summaries: list[Summary], command: str) -> str:
+def _page(summaries: list[Summary], specs: dict[str, str], command: str) -> str:
     """The table of all policies on all sets."""
     rows = []
     for s in summaries:
@@ -221,31 +232,31 @@ def _page(summaries: list[Summary], command: str) -> str:
             "95 % bootstrap intervals; – where an episode diverged. The last two columns: paired difference to the "
             "best static λ of the set by hindsight, and Wilcoxon's signed-rank p, Holm-corrected within the set among "
             "the static λ and among the others.",
-            *_known_tasks(summaries),
+            *_known_tasks(summaries, specs),
             f"Made by `{command}`.",
         ]
     ) + "\n"  # fmt: skip
 
 
-def _known_tasks(summaries: list[Summary]) -> list[str]:
+def _known_tasks(summaries: list[Summary], specs: dict[str, str]) -> list[str]:
     """A warning for each agent that was trained on a task of a set."""
     warnings = []
     for s in summaries:
-        trained_on = set(read_manifest(s.policy).get("tasks") or ())
+        trained_on = set(read_manifest(specs[s.policy]).get("tasks") or ())
         shared = trained_on & {instance.task for instance in load_instances(s.set)}
         if shared:
             warnings.append(f"{s.policy} was trained on {', '.join(sorted(shared))}, of which {s.set} has instances.")
     return warnings
 
 
-def _scores_of_agents(summaries: list[Summary], command: str) -> dict[str, Any]:
+def _scores_of_agents(summaries: list[Summary], specs: dict[str, str], command: str) -> dict[str, Any]:
     """What ``unlearn-gym agents`` shows of agents that ship, by their files' SHA-256."""
     agents: dict[str, dict[str, Any]] = {}
     for s in summaries:
-        if s.policy.endswith(".zip"):
+        if specs[s.policy].endswith(".zip"):
             score = s.score if math.isfinite(s.score.mean) else None
             shown = {"score": score, "difference": s.difference, "p_value": s.p_value}
-            agents.setdefault(sha256(Path(s.policy)), {})[s.set] = shown
+            agents.setdefault(sha256(Path(specs[s.policy])), {})[s.set] = shown
     return {"command": command, "retain_coef": RETAIN_COEF, "agents": agents}
 
 

@@ -23,6 +23,9 @@ EngineName = Annotated[
 OptionTexts = Annotated[
     tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(help="a run setting, e.g. horizon=100; repeatable")
 ]
+Trust = Annotated[
+    bool, tyro.conf.arg(help="open pickles in agents' files, which can run any code: for files of known origin alone")
+]
 DataRoot = Annotated[
     Path | None,
     tyro.conf.arg(help="folder with torchvision's data; default: $UNLEARN_GYM_DATA_ROOT, else the shipped part"),

@@ -13,6 +13,7 @@ from unlearn_gym.cli.arguments import (
     EngineName,
     OptionTexts,
     Threads,
+    Trust,
     cell_bar,
     invocation,
     parse_options,
@@ -33,7 +34,7 @@ def compare(
     task: str = "mnist-trousers",
     policies: Annotated[
         tuple[str, ...],
-        tyro.conf.arg(help="names as in the README; default: all that ship"),
+        tyro.conf.arg(help="as in the README, also mine=path/to/agent.zip; default: all that ship"),
     ] = (),
     seeds: Annotated[int, tyro.conf.arg(help="runs of every policy")] = 3,
     first_seed: Annotated[int, tyro.conf.arg(help="seeds are FIRST_SEED, FIRST_SEED + 1, …")] = 0,
@@ -47,6 +48,7 @@ def compare(
     option: OptionTexts = (),
     data_root: DataRoot = None,
     download: bool = False,
+    trust: Trust = False,
 ) -> None:
     """Run every policy on the same seeds and batches, evaluate the final models, write a report; resumes."""
     from unlearn_gym.evaluation.comparison import Comparison, default_policies, run_comparison
@@ -64,6 +66,7 @@ def compare(
         options=options,
         evaluation=_evaluation(forget_samples, quality_samples, likelihood_samples, inception_weights),
         data_root=None if root is None else str(root.resolve()),
+        trust=trust,
     )
     results = run_comparison(comparison, out, jobs=jobs, engine=engine, command=invocation(), progress=cell_bar())
     path = write_report(results, out)
@@ -105,6 +108,7 @@ def experiment(
         Path | None, tyro.conf.arg(help="default: runs/experiments/NAME (runs/quick/NAME); the same folder resumes")
     ] = None,
     data_root: DataRoot = None,
+    trust: Trust = False,
 ) -> None:
     """Run an experiment of configs/experiments (or a .yaml file) and write its tables and pictures; resumes."""
     from unlearn_gym.evaluation.experiment import run_experiment
@@ -114,7 +118,7 @@ def experiment(
     folder = out or Path("runs") / ("quick" if quick else "experiments") / Path(name).stem
     page = run_experiment(
         name, folder, quick=quick, jobs=jobs, engine=engine, command=invocation(), progress=cell_bar,
-        data_root=None if root is None else str(root.resolve()),
+        data_root=None if root is None else str(root.resolve()), trust=trust,
     )  # fmt: skip
     print(page.read_text(), page, sep="\n")
 

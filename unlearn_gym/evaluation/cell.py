@@ -74,8 +74,12 @@ def run_cell(
     data_root: str | None,
     *,
     keep_samples: bool,
+    spec: str | None = None,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Trace, probes, return, times and metrics as JSON knows them; a run that diverged has no metrics.
+
+    ``policy`` is what the policy is called, ``spec`` what it is (None: the same).
 
     A model whose losses or samples are not finite after the last update counts as diverged too.
     """
@@ -84,8 +88,8 @@ def run_cell(
         model = final_model(get_task(task), policy)
     else:
         env = make_cell_env(task, policy, options, data_root)
-        name, every = ("static:0" if policy == FINETUNE else policy), max(1, env.settings.horizon // PROBES)
-        chooser = make_policy(name, policy_context(env))
+        name, every = ("static:0" if policy == FINETUNE else spec or policy), max(1, env.settings.horizon // PROBES)
+        chooser = make_policy(name, policy_context(env), trust=trust)
         cell |= asdict(run_episode(env, chooser, seed, probe_every=every))
         cell["training_seconds"] = float(getattr(chooser, "training_seconds", 0.0))
         model = env.run.model

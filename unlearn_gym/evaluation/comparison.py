@@ -35,7 +35,7 @@ from unlearn_gym.evaluation.store import CellStore
 from unlearn_gym.files import sha256, write_json
 from unlearn_gym.models.classifier import CLASSIFIER_WEIGHTS
 from unlearn_gym.objectives import lambda_role
-from unlearn_gym.policies import existing_sources, make_policy, policy_sources
+from unlearn_gym.policies import existing_sources, make_policy, policy_sources, split_name
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.tasks import Task, get_task, load_data, register_task, resolve_data_root, task_names
 
@@ -65,7 +65,11 @@ def default_policies(task: str, objective: str = "siss") -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared. ``options`` are run settings other than the task's own."""
+    """What is compared. ``options`` are run settings other than the task's own.
+
+    ``policies`` may name themselves, as in ``mine=path/to/agent.zip``: they are then called that wherever they appear,
+    and ``named`` says what they are. ``trust`` opens the pickles of agents that cannot be rebuilt without.
+    """
 
     task: str
     policies: tuple[str, ...]
@@ -73,11 +77,20 @@ class Comparison:
     options: dict[str, Any] = field(default_factory=dict)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     data_root: str | None = None
+    named: dict[str, str] = field(default_factory=dict)
+    trust: bool = False
 
     def __post_init__(self) -> None:
+        split = [split_name(policy) for policy in self.policies]
+        object.__setattr__(self, "policies", tuple(name for name, _ in split))
+        object.__setattr__(self, "named", {**self.named, **{name: spec for name, spec in split if name != spec}})
         object.__setattr__(self, "task", get_task(self.task).name)
         root = resolve_data_root(self.data_root)
         object.__setattr__(self, "data_root", None if root is None else str(root.resolve()))
+
+    def spec(self, policy: str) -> str:
+        """What :func:`unlearn_gym.policies.make_policy` takes for the policy that is called so."""
+        return self.named.get(policy, policy)
 
     def validate(self) -> None:
         """Raise what is wrong with the comparison itself; :meth:`try_policies` is about the policies."""
@@ -107,7 +120,7 @@ class Comparison:
     def _try_policy(self, policy: str) -> None:
         """Ask the policy once, so that one that cannot answer fails here."""
         env = make_cell_env(self.task, policy, self.options, self.data_root)
-        chooser = make_policy(policy, policy_context(env))
+        chooser = make_policy(self.spec(policy), policy_context(env), trust=self.trust)
         chooser.reset(0)
         try:
             action = chooser.act(*env.reset(seed=0))
@@ -135,7 +148,10 @@ class Comparison:
         }  # fmt: skip
         keys = {}
         for policy in (*self.references(), *self.policies):
-            own = {**common, "source": [sha256(path) for path in existing_sources(policy, self.task)]}
+            spec = self.spec(policy)
+            own = {**common, "source": [sha256(path) for path in existing_sources(spec, self.task)]}
+            if spec != policy and not spec.endswith(".zip"):
+                own["spec"] = spec
             keys[policy] = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()[:16]
         return keys
 
@@ -224,7 +240,10 @@ def _run_keyed(
     if task.name not in task_names():
         register_task(task)
     c = comparison
-    cell = run_cell(c.task, policy, seed, c.options, c.evaluation, c.data_root, keep_samples=c.keeps(seed))
+    cell = run_cell(
+        c.task, policy, seed, c.options, c.evaluation, c.data_root,
+        keep_samples=c.keeps(seed), spec=c.spec(policy), trust=c.trust,
+    )  # fmt: skip
     return cell | {"key": key, "threads": torch.get_num_threads()}
 
 
@@ -260,7 +279,7 @@ def _provenance(comparison: Comparison, command: str) -> dict[str, Any]:
         "feature_dim": judge.reference.features.shape[1] if task.classify else None,
         "calibration": judge.calibration() if task.classify else {},
         "probe_cap": _probe_cap(task),
-        "training": {policy: agent_training(policy, comparison.task) for policy in comparison.policies},
+        "training": {p: agent_training(comparison.spec(p), comparison.task) for p in comparison.policies},
         "versions": {
             "unlearn_gym": unlearn_gym.__version__, "python": platform.python_version(),
             **{name: version(name) for name in packages},

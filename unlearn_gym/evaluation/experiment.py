@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,7 @@ def run_experiment(
     command: str,
     progress: Progress,
     engine: str = "joblib",
+    trust: bool = False,
 ) -> Path:
     """Run what is not done yet, write each arm's results and report, and ``experiment.md`` over all of them.
 
@@ -143,7 +145,10 @@ def run_experiment(
     if experiment.merge:
         arms = _merged_arms(experiment, out, command, quick=quick)
     else:
-        comparisons = experiment.comparisons(data_root, quick=quick)
+        comparisons = {
+            arm: replace(comparison, trust=trust)
+            for arm, comparison in experiment.comparisons(data_root, quick=quick).items()
+        }
         for arm, comparison in comparisons.items():
             try:
                 comparison.validate()

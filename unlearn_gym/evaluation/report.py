@@ -237,6 +237,7 @@ def _protocol(results: Results) -> list[str]:
         f"{s['batch_size']}, λ in [{s['lambda_min']}, {s['lambda_max']}], data-set factors `{s['dataset_factors']}`, "
         f"{_rule_text(results)}1+s = {s['forget_scale']:g}, {_clip_text(results)}; "
         f"{results.raw['num_retain']} retain and {results.raw['num_forget']} forget samples.",
+        *(f"`{name}` is `{spec}`." for name, spec in results.raw["comparison"].get("named", {}).items()),
         "Every policy of a seed starts from the same weights and sees the same samples, noise and mask uniforms.",
         f"{LOSSES[results.family]}; retain loss on held-out data. Samples: "
         f"{evaluation['num_forget_samples']} of the forget data's labels, {evaluation['num_quality_samples']} of "

@@ -214,12 +214,29 @@ def merge_results(parts: Sequence[Results], names: Sequence[str]) -> Results:
     return Results(
         {
             **first.raw,
-            "comparison": {**first.raw["comparison"], **both},
+            "comparison": {
+                **first.raw["comparison"],
+                **both,
+                "named": _merged_names(parts, names),
+            },
             "training": {k: v for raw in raws for k, v in raw.get("training", {}).items()},
             "command": "; ".join(dict.fromkeys(raw["command"] for raw in raws)),
             "cells": merged,
         }
     )
+
+
+def _merged_names(parts: Sequence[Results], names: Sequence[str]) -> dict[str, str]:
+    """What the policies are that were given names; raises :class:`ResultsError` where one name has two meanings."""
+    merged: dict[str, str] = {}
+    for part, where in zip(parts, names, strict=True):
+        for name, spec in part.raw["comparison"].get("named", {}).items():
+            if merged.setdefault(name, spec) != spec:
+                raise ResultsError(
+                    f"{where} and another folder cannot be merged: {name!r} is {spec} there, {merged[name]} elsewhere; "
+                    "run one of them again under another name"
+                )
+    return merged
 
 
 def _common_ground(a: Results, b: Results) -> list[tuple[str, Any, Any]]:

@@ -1,7 +1,7 @@
 """Policies that choose λ: the protocol, the reference policies, and how to name them."""
 
 from unlearn_gym.policies.base import FunctionPolicy, LambdaPolicy, PolicyContext, Transition
-from unlearn_gym.policies.registry import USAGE, existing_sources, make_policy, policy_sources
+from unlearn_gym.policies.registry import USAGE, existing_sources, make_policy, policy_sources, split_name
 
 __all__ = [
     "USAGE",
@@ -12,4 +12,5 @@ __all__ = [
     "existing_sources",
     "make_policy",
     "policy_sources",
+    "split_name",
 ]

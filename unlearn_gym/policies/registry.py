@@ -6,15 +6,19 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import json
+import re
 import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from unlearn_gym.errors import PolicyError, UnlearnGymError, error_line
+from unlearn_gym.files import sha256
 from unlearn_gym.objectives import lambda_role
 from unlearn_gym.policies import open_loop, variational
 from unlearn_gym.policies.base import FunctionPolicy, LambdaPolicy, PolicyContext
+from unlearn_gym.policies.normalization import statistics_path
 from unlearn_gym.policies.transfer import trained_network
 from unlearn_gym.policies.variational_spec import FORM, parse_variational
 from unlearn_gym.tasks import get_task
@@ -28,16 +32,45 @@ SHIPPED_NAMES = tuple(sorted({path.stem for path in SHIPPED_AGENTS.glob("*/*.zip
 BUILT_IN = ("static", "variational", *SHIPPED_NAMES, *DRAWS, *SCHEDULES)
 USAGE = (
     "static:λ, prior, random, linear[:from:to], cosine[:from:to], exponential[:from:to], "
-    f"{FORM}, {', '.join(SHIPPED_NAMES)}, a path to an SB3 .zip, module:attribute"
+    f"{FORM}, {', '.join(SHIPPED_NAMES)}, a path to an SB3 .zip, module:attribute; a name of your own before any but "
+    "static, as in mine=path/to/agent.zip"
 )
+RESERVED = (*BUILT_IN, "untouched", "oracle", "finetune")
+"""Names that mean something already."""
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """``(name, spec)`` of ``"name=spec"``; without a name of its own a policy is called what it is: ``(spec, spec)``.
+
+    What is the path of an existing file is that path. Raises :class:`PolicyError` for a name that is taken or of other
+    than letters, digits and ``. _ @ + -``.
+    """
+    name, equals, spec = text.partition("=")
+    if not equals or ":" in name or "/" in name or Path(text).is_file():
+        return text, text
+    if not re.fullmatch(r"[\w.@+-]{1,40}", name) or name in RESERVED:
+        raise PolicyError(
+            f"policy {text!r}: {name!r} cannot be its name; take up to 40 letters, digits and . _ @ + - that are none "
+            f"of {', '.join(RESERVED)}"
+        )
+    if spec.startswith("static"):
+        raise PolicyError(
+            f"policy {text!r}: a static λ goes by its own name, as others are compared with it; drop {name}="
+        )
+    return name, spec
 
 
 @insulated
-def make_policy(spec: str, context: PolicyContext) -> LambdaPolicy:
-    """The policy that ``spec`` names: see ``USAGE``. Raises :class:`PolicyError` with the remedy."""
+def make_policy(spec: str, context: PolicyContext, *, trust: bool = False) -> LambdaPolicy:
+    """The policy that ``spec`` names: see ``USAGE``. Raises :class:`PolicyError` with the remedy.
+
+    An agent's pickles are opened only with ``trust``, as they can run any code, and only where the agent cannot be
+    rebuilt without. ``module:attribute`` imports that module, which runs it.
+    """
+    spec = split_name(spec)[1]
     name, *arguments = spec.split(":")
     if spec.endswith(".zip"):
-        return _agent(Path(spec), context)
+        return _agent(Path(spec), context, trust=trust)
     if name == "static":
         return open_loop.StaticPolicy(_lambdas(spec, arguments, context, 1)[0])
     if name in DRAWS and not arguments:
@@ -48,7 +81,7 @@ def make_policy(spec: str, context: PolicyContext) -> LambdaPolicy:
     if name == "variational":
         return _variational(spec, context)
     if name in SHIPPED_NAMES and not arguments:
-        return _agent(SHIPPED_AGENTS / context.task / f"{name}.zip", context)
+        return _agent(_checked_shipped(SHIPPED_AGENTS / context.task / f"{name}.zip"), context)
     if len(arguments) == 1 and all(part.isidentifier() for part in (*name.split("."), *arguments)):
         return _from_module(name, arguments[0])
     if (Path(spec) / "agent.zip").is_file():
@@ -58,15 +91,17 @@ def make_policy(spec: str, context: PolicyContext) -> LambdaPolicy:
 
 
 def policy_sources(spec: str, task: str) -> list[Path]:
-    """The files that a policy's behaviour comes from, beside this package: an agent, a user's module, or the weights
-    and constants of the task that it was trained on.
+    """The files that a policy's behaviour comes from, beside this package: an agent and the statistics that normalise
+    its observations, a user's module, or the weights and constants of the task that it was trained on.
     """
+    spec = split_name(spec)[1]
     name, *arguments = spec.split(":")
     if name == "variational":
         source = parse_variational(spec).source
         return [] if source is None else _task_files(source)
     if spec.endswith(".zip"):
-        return [Path(spec)]
+        statistics = statistics_path(Path(spec))
+        return [Path(spec), *(() if statistics is None else (statistics,))]
     if name in SHIPPED_NAMES:
         return [SHIPPED_AGENTS / task / f"{name}.zip"]
     if name in BUILT_IN or len(arguments) != 1:
@@ -135,12 +170,19 @@ def _variational(spec: str, context: PolicyContext) -> LambdaPolicy:
     )  # fmt: skip
 
 
-def _agent(path: Path, context: PolicyContext) -> LambdaPolicy:
+def _checked_shipped(path: Path) -> Path:
+    """``path``, an agent that ships; raises :class:`PolicyError` unless it has the hash of its manifest."""
+    if path.is_file() and sha256(path) != json.loads(path.with_suffix(".json").read_text())["sha256"]:
+        raise PolicyError(f"{path} is not the agent that ships: its SHA-256 is another; install unlearn_gym again")
+    return path
+
+
+def _agent(path: Path, context: PolicyContext, *, trust: bool = False) -> LambdaPolicy:
     from unlearn_gym.policies.sb3 import SB3Policy
 
     if not path.is_file():
         raise PolicyError(f"no agent at {path}; train one with 'python -m agents.train --task {context.task}'")
-    return SB3Policy(context, path)
+    return SB3Policy(context, path, trust=trust)
 
 
 def _see_own_modules() -> None:
