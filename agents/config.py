@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.noise import NormalActionNoise
 
+from agents.hyperparameters import COUNT, POSITIVE, ranges
 from unlearn_gym import ENV_ID
 from unlearn_gym.errors import SettingsError, error_line
 from unlearn_gym.settings import describe_validation_error
@@ -62,12 +63,12 @@ class AgentConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     algorithm: str
-    n_timesteps: int = Field(ge=1)
-    n_envs: int = Field(1, ge=1)
+    n_timesteps: COUNT
+    n_envs: COUNT = 1
     policy: str
     env_wrapper: list[dict[str, dict[str, float]]] = [RESCALE]
     noise_type: Literal["normal"] | None = None
-    noise_std: float = Field(0.1, gt=0)
+    noise_std: POSITIVE = 0.1
     arguments: dict[str, Any] = {}
 
     def check_length(self, timesteps: int) -> None:
@@ -121,7 +122,8 @@ def load_config(algorithm: str, task: str, path: Path | None = None, **changes: 
             hint = f"did you mean {close[0]!r}?" if close else f"{algorithm} takes {', '.join(known)}"
             raise SettingsError(f"{path}: unknown key {key!r}; {hint}")
     try:
-        config = AgentConfig.model_validate({**own, "algorithm": algorithm, "arguments": entry})
+        arguments = ranges(algorithm, tuple(known)).model_validate(entry).model_dump(exclude_unset=True)
+        config = AgentConfig.model_validate({**own, "algorithm": algorithm, "arguments": arguments})
     except ValidationError as error:
         raise SettingsError(f"{path}: {describe_validation_error(error)}") from None
     if config.env_wrapper != [RESCALE]:

@@ -24,8 +24,9 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
 from agents.callbacks import UnlearnScalars
-from agents.config import ALGORITHMS, algorithm_class, load_config
+from agents.config import ALGORITHMS, _constructor_arguments, algorithm_class, load_config
 from agents.enjoy import enjoy
+from agents.hyperparameters import RANGES
 from agents.main import run_command
 from agents.train import train as train_command
 from agents.training import FIRST_VALIDATION_SEED, Plan, read_stages, static_returns, train_agent
@@ -432,7 +433,58 @@ def test_a_value_that_the_algorithm_refuses_is_one_line():
     with pytest.raises(SettingsError, match="ppo refuses its settings"):
         load_config("ppo", "gaussians-2d", policy="MlpPolice").make(rescaled())
     with pytest.raises(SettingsError, match="ppo refuses its settings"):
-        load_config("ppo", "gaussians-2d", learning_rate="fast").make(rescaled())
+        load_config("ppo", "gaussians-2d", batch_size=1).make(rescaled())
+
+
+OUT_OF_RANGE = [
+    ("ppo", "gamma", 5), ("ppo", "gamma", -0.1), ("ppo", "gamma", float("nan")), ("ppo", "gamma", "0.9"),
+    ("ppo", "n_epochs", -1), ("ppo", "n_epochs", 0), ("ppo", "n_epochs", 1.5), ("ppo", "n_epochs", True),
+    ("ppo", "clip_range", -5), ("ppo", "clip_range", 0), ("ppo", "clip_range_vf", -1), ("ppo", "gae_lambda", 1.1),
+    ("ppo", "learning_rate", "fast"), ("ppo", "learning_rate", "1e-3"), ("ppo", "learning_rate", float("inf")),
+    ("ppo", "learning_rate", -1), ("ppo", "n_steps", 0), ("ppo", "batch_size", None), ("ppo", "ent_coef", -1),
+    ("ppo", "ent_coef", "auto"), ("ppo", "vf_coef", -1), ("ppo", "max_grad_norm", 0), ("ppo", "target_kl", -1),
+    ("ppo", "normalize_advantage", 1), ("ppo", "use_sde", "yes"), ("ppo", "sde_sample_freq", -2),
+    ("ppo", "rollout_buffer_class", "mine"), ("ppo", "policy_kwargs", {"net_arch": [0]}),
+    ("ppo", "policy_kwargs", {"net_arch": [10**6]}), ("ppo", "policy_kwargs", {"net_arc": [8]}),
+    ("ppo", "n_envs", "4"), ("ppo", "n_envs", True), ("ppo", "n_timesteps", 0), ("a2c", "rms_prop_eps", 0),
+    ("sac", "tau", 0), ("sac", "tau", 2), ("sac", "ent_coef", "auto_x"), ("sac", "ent_coef", -1),
+    ("sac", "train_freq", 0), ("sac", "train_freq", [1, "day"]), ("sac", "gradient_steps", 0),
+    ("sac", "gradient_steps", -2), ("sac", "learning_starts", -1), ("sac", "buffer_size", 0),
+    ("sac", "action_noise", 0.1), ("sac", "target_update_interval", 0), ("td3", "policy_delay", 0),
+    ("td3", "target_policy_noise", -0.1), ("td3", "target_noise_clip", -1), ("td3", "noise_std", float("inf")),
+    ("ppo_lstm", "policy_kwargs", {"lstm_hidden_size": 0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("algorithm", "name", "value"), OUT_OF_RANGE)
+def test_a_hyper_parameter_out_of_its_range_is_refused_by_name_and_value(algorithm, name, value):
+    with pytest.raises(SettingsError, match=name) as caught:
+        load_config(algorithm, "gaussians-2d", **{name: value})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes"),
+    [
+        ("sac", {"ent_coef": "auto_0.1", "train_freq": [1, "episode"], "gradient_steps": -1, "target_entropy": -2}),
+        ("ppo", {"gamma": 1, "n_steps": 64.0, "batch_size": 64, "clip_range_vf": None, "target_kl": 0.1}),
+        ("ppo_lstm", {"policy_kwargs": {"n_lstm_layers": 2, "optimizer_kwargs": {"eps": 1e-5}}}),
+        ("a2c", {"policy_kwargs": {"net_arch": {"pi": [4], "vf": [4, 4]}}, "use_rms_prop": False}),
+    ],
+)
+def test_a_hyper_parameter_within_its_range_reaches_the_algorithm(algorithm, changes):
+    agent = load_config(algorithm, "gaussians-2d", **changes).make(rescaled(), device="cpu")
+    if algorithm == "sac":
+        assert (agent.train_freq.frequency, agent.train_freq.unit.value) == (1, "episode")
+    if algorithm == "ppo":
+        assert (agent.n_steps, agent.gamma, agent.target_kl) == (64, 1, 0.1)
+    if algorithm == "a2c":
+        assert agent.policy_kwargs == changes["policy_kwargs"]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_argument_of_every_algorithm_has_a_range(algorithm):
+    assert set(_constructor_arguments(algorithm)) - {"policy"} <= RANGES.keys()
 
 
 @pytest.mark.parametrize(
