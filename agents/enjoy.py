@@ -70,7 +70,7 @@ def enjoy(
             assert frame is not None
             frames.append(Image.fromarray(frame))
 
-    episode = run_episode(env, chosen, seed, on_step=look)
+    episode = run_episode(env, chosen, seed, name=policy, on_step=look)
     out.mkdir(parents=True, exist_ok=True)
     frames[0].save(out / "episode.gif", save_all=True, append_images=frames[1:], duration=FRAME_MILLISECONDS, loop=0)
     with (out / "lambda.csv").open("w", newline="", encoding="utf-8") as file:

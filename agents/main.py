@@ -13,21 +13,26 @@ import gymnasium as gym
 import tyro
 from pydantic import ValidationError
 
-from unlearn_gym.errors import UnlearnGymError, error_line
+from unlearn_gym.errors import UnlearnGymError, line_with_log
+from unlearn_gym.processes import Terminated, signals_as_interrupts
 from unlearn_gym.settings import describe_validation_error
 
 
 def run_command(name: str, function: Callable[..., Any]) -> None:
     """Run ``function`` with the arguments of the command line."""
     try:
-        tyro.cli(function, description=function.__doc__)
+        with signals_as_interrupts():
+            tyro.cli(function, description=function.__doc__)
         return
     except ValidationError as error:
         message = describe_validation_error(error)
     except (UnlearnGymError, gym.error.Error) as error:
-        message = error_line(error)
+        message = line_with_log(error)
     except OSError as error:
         message = f"{error}; check the path and its permissions"
+    except Terminated as ended:
+        print(f"agents.{name}: {ended}; the same command goes on", file=sys.stderr)
+        sys.exit(ended.status)
     except KeyboardInterrupt:
         print(f"agents.{name}: interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)

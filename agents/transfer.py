@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -69,8 +70,8 @@ def run_instance(
     """One episode of a policy on one instance, under its ``key``."""
     torch.set_num_threads(1)
     env = _env_of(instance, options)
-    chooser = make_policy(spec, policy_context(env), trust=trust)
-    episode = run_episode(env, chooser, seed, probe_every=env.settings.horizon)
+    policy = make_policy(spec, policy_context(env), trust=trust)
+    episode = run_episode(env, policy, seed, name=spec, probe_every=env.settings.horizon)
     forget, retain = episode.probe["forget_loss"], episode.probe["retain_loss"]
     if episode.diverged or not np.isfinite([*forget, *retain]).all():
         return key, Score(None, None, None, episode.episode_return)
@@ -113,13 +114,13 @@ def transfer(
         context = policy_context(_env_of(cell.instance, options))
         make_policy(cell.spec, context, trust=trust)  # fails before anything runs
     calls = [(cell.key, cell.spec, cell.instance, cell.number, options, trust) for cell in missing.values()]
-    ran = run_calls("joblib", run_instance, calls, jobs)
     out.mkdir(parents=True, exist_ok=True)
     command = invocation("transfer")
     about = {"command": command, "version": unlearn_gym.__version__, "retain_coef": RETAIN_COEF}
     try:
-        for key, score in tqdm(ran, total=len(missing), unit="episode"):
-            found[key] = score
+        with contextlib.closing(run_calls("joblib", run_instance, calls, jobs, _name)) as ran:
+            for key, score in tqdm(ran, total=len(missing), unit="episode"):
+                found[key] = score
     finally:  # what an interruption leaves is kept
         write_json(out / "results.json", {**about, "scores": {k: asdict(v) for k, v in found.items()}})
     summaries = summarise([(cell, found[cell.key]) for cell in cells])
@@ -128,6 +129,10 @@ def transfer(
     page.write_text(_page(summaries, everyone, command), encoding="utf-8")
     print(f"\n{page.read_text()}\n{page}")
     return page
+
+
+def _name(key: str, spec: str, instance: Instance, seed: int, options: dict[str, Any], trust: bool) -> str:
+    return f"policy {spec!r}, instance {seed} of task {instance.task!r}"
 
 
 def _env_of(instance: Instance, options: dict[str, Any]) -> SISSUnlearnEnv:

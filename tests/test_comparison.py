@@ -165,7 +165,7 @@ def test_a_diverged_run_is_reported_without_figures(tmp_path):
         ({"seeds": (1, 1)}, ResultsError, "seeds names 1 twice"),
         ({"policies": ("statik:0.1",)}, PolicyError, "did you mean 'static'"),
         ({"policies": ("untouched",)}, PolicyError, "'untouched' is in every comparison"),
-        ({"policies": ("math:sqrt",)}, PolicyError, "fails when asked for λ"),
+        ({"policies": ("math:sqrt",)}, PolicyError, "'math:sqrt': act at step 1 of seed 0 raised TypeError: "),
         ({"seeds": (-1,)}, ResultsError, "seed -1 is negative"),
         ({"horizont": 3}, SettingsError, "did you mean 'horizon'"),
     ],

@@ -1,4 +1,4 @@
-"""Cells on a local Ray of two workers: as in one process, whatever happens to a worker or to the driver."""
+"""Calls and cells in other processes, on a local Ray too: as in one, whatever happens to a worker or to the driver."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from unlearn_gym import engines
 from unlearn_gym.engines import _call_in, run_calls
-from unlearn_gym.errors import SettingsError
+from unlearn_gym.errors import SettingsError, WorkerError
 from unlearn_gym.evaluation.comparison import run_comparison
 
 from .test_comparison import small, without_times
@@ -40,8 +42,23 @@ def die_once(folder: Path, number: int) -> int:
     return number**2
 
 
+def leave(number: int) -> None:
+    sys.exit(0)
+
+
+class Untransportable(Exception):
+    def __init__(self, one: int, other: int) -> None:
+        super().__init__(f"{one} and {other}")
+
+
+def raise_untransportable(number: int) -> None:
+    raise Untransportable(number, 4)
+
+
 def refuse(number: int) -> int:
-    raise SettingsError(f"number={number}")
+    error = SettingsError(f"number={number}")
+    error.details = "a traceback"
+    raise error
 
 
 @pytest.mark.parametrize("engine", ["joblib", "ray"])
@@ -49,15 +66,64 @@ def test_every_call_is_made_once(engine):
     assert sorted(run_calls(engine, square, [(i,) for i in range(7)], 2)) == [0, 1, 4, 9, 16, 25, 36]
 
 
-def test_a_killed_workers_calls_are_made_again(tmp_path):
-    assert sorted(run_calls("ray", die_once, [(tmp_path, i) for i in range(4)], 2)) == [0, 1, 4, 9]
+@pytest.mark.parametrize("engine", ["joblib", "ray"])
+def test_a_killed_workers_calls_are_made_again(engine, tmp_path):
+    assert sorted(run_calls(engine, die_once, [(tmp_path, i) for i in range(4)], 2)) == [0, 1, 4, 9]
     assert (tmp_path / "died").exists()
+
+
+# Functions within tests are sent by value, so that their processes need not import this module.
+
+
+def test_a_call_that_ends_its_process_again_and_again_is_named_and_costs_no_other_call(tmp_path):
+    def die_always(number: int) -> int:
+        """Kills its own process whenever it is asked for 1, once the others have been asked for."""
+        if number == 1:
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number**2
+
+    found = []
+    calls = run_calls("joblib", die_always, [(i,) for i in range(4)], 2, lambda i: f"number {i}")
+    with pytest.raises(WorkerError, match=r"^number 1: its process died 3 times \(SIGKILL\(-9\)\)"):
+        found.extend(calls)
+    assert sorted(found) == [0, 4, 9]
+
+
+@pytest.mark.parametrize(("engine", "jobs"), [("joblib", 1), ("joblib", 2), ("ray", 2)])
+def test_a_call_that_asks_python_to_exit_is_an_error(engine, jobs):
+    with pytest.raises(WorkerError, match=r"^leave was left by SystemExit\(0\)$"):
+        list(run_calls(engine, leave, [(3,)], jobs))
+
+
+def test_an_error_that_cannot_travel_is_no_death():
+    with pytest.raises(WorkerError, match=r"^Untransportable: 3 and 4$"):
+        list(run_calls("joblib", raise_untransportable, [(3,)], 2))
+
+
+def test_a_call_that_cannot_be_sent_is_named():
+    with pytest.raises(WorkerError, match=r"^a call of square cannot be sent to another process \(.*\); use jobs=1$"):
+        run_calls("joblib", square, [(threading.Lock(),)], 2)
+
+
+def test_a_closed_row_of_calls_leaves_no_process():
+    def own_process(seconds: float) -> int:
+        time.sleep(seconds)
+        return os.getpid()
+
+    calls = run_calls("joblib", own_process, [(0,), (0,), (60,), (60,)], 2)
+    processes = [next(calls), next(calls)]
+    calls.close()
+    for process in processes:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
 
 
 @pytest.mark.parametrize("engine", ["joblib", "ray"])
 def test_an_error_of_a_call_arrives_as_it_is(engine):
-    with pytest.raises(SettingsError, match=r"^number=3$"):
+    with pytest.raises(SettingsError, match=r"^number=3$") as caught:
         list(run_calls(engine, refuse, [(3,)], 2))
+    assert caught.value.details == "a traceback"
 
 
 def test_cells_on_ray_are_those_of_one_process_and_a_restarted_driver_runs_none_twice(tmp_path):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import gymnasium as gym
@@ -558,7 +559,40 @@ def test_workers_end_with_the_process_that_made_them(tmp_path):
     while any(alive(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert not list(tmp_path.glob("unlearn_gym-*"))
+    assert not [path for name in ("unlearn_gym-*", "pymp-*") for path in tmp_path.glob(name)]
+
+
+def kill_fork_servers(monkeypatch, times: int) -> None:
+    """Kill the fork server, as often, when it has been asked for a worker and not answered."""
+    ensure_running, read_signed, left = forkserver.ensure_running, forkserver.read_signed, [times]
+
+    def signal_it(number: int) -> None:
+        if left[0]:
+            os.kill(forkserver._forkserver._forkserver_pid, number)
+
+    def ensure_it_runs() -> None:
+        ensure_running()
+        signal_it(signal.SIGSTOP)
+
+    def read_answer(descriptor: int) -> int:
+        signal_it(signal.SIGKILL)
+        left[0] -= bool(left[0])
+        return read_signed(descriptor)
+
+    monkeypatch.setattr(forkserver, "ensure_running", ensure_it_runs)
+    monkeypatch.setattr(forkserver, "read_signed", read_answer)
+
+
+def test_a_fork_server_that_is_killed_is_started_anew(make_vec, monkeypatch):
+    kill_fork_servers(monkeypatch, 1)
+    found, _ = make_vec(num_workers=2).reset(seed=0)
+    np.testing.assert_array_equal(found, make_vec(backend="serial").reset(seed=0)[0])
+
+
+def test_a_fork_server_that_is_killed_again_and_again_is_an_error(make_vec, monkeypatch):
+    kill_fork_servers(monkeypatch, 99)
+    with pytest.raises(WorkerError, match=r"^no worker process could be started in 3 attempts .*backend='serial'$"):
+        make_vec()
 
 
 def alive(pid: int) -> bool:

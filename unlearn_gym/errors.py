@@ -1,8 +1,18 @@
 """Errors that a user can mend: each message is one line that names the value and the remedy."""
 
+import contextlib
+import os
+import tempfile
+
 
 class UnlearnGymError(Exception):
-    """Base of the package's own errors; the command line prints them without a traceback."""
+    """Base of the package's own errors; the command line prints them without a traceback.
+
+    ``details`` is the traceback of a fault in a user's own code, as text, which also comes back from other processes;
+    empty for all else.
+    """
+
+    details: str = ""
 
 
 class SettingsError(UnlearnGymError, ValueError):
@@ -48,3 +58,20 @@ class ResultsError(UnlearnGymError, ValueError):
 def error_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def line_with_log(error: BaseException) -> str:
+    """The error's line for the terminal; its details, if it has any, go to a new log file, which the line names."""
+    details = getattr(error, "details", "")
+    if not isinstance(error, UnlearnGymError) or not details:
+        return error_line(error)
+    path = ""
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="unlearn_gym-", suffix=".log")
+        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(details)
+    except OSError as failure:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        return f"{error_line(error)}; its traceback could not be kept ({failure})"
+    return f"{error_line(error)}; traceback: {path}"

@@ -9,6 +9,7 @@ from typing import Any
 import tyro
 
 from unlearn_gym.cli import assets, evidence
+from unlearn_gym.processes import Terminated, signals_as_interrupts
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "compare": evidence.compare,
@@ -32,17 +33,20 @@ def main() -> None:
     """Entry point: a known error becomes one line on stderr and exit status 2."""
     from pydantic import ValidationError
 
-    from unlearn_gym.errors import UnlearnGymError
+    from unlearn_gym.errors import UnlearnGymError, line_with_log
     from unlearn_gym.settings import describe_validation_error
 
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="unlearn-gym")
+        with signals_as_interrupts():
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="unlearn-gym")
     except UnlearnGymError as error:
-        sys.exit(_fail(str(error)))
+        sys.exit(_fail(line_with_log(error)))
     except ValidationError as error:
         sys.exit(_fail(describe_validation_error(error)))
     except OSError as error:
         sys.exit(_fail(f"{error}; check the path and its permissions"))
+    except Terminated as ended:
+        sys.exit(_fail(f"{ended}; the same command resumes", status=ended.status))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted; the same command resumes", status=130))
 

@@ -8,10 +8,11 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, util
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
@@ -25,11 +26,13 @@ from gymnasium.vector import AutoresetMode
 
 from unlearn_gym.envs.group import EnvGroup
 from unlearn_gym.envs.siss_unlearn import SISSUnlearnEnv
-from unlearn_gym.errors import UnlearnGymError, WorkerError
+from unlearn_gym.errors import UnlearnGymError, WorkerError, error_line
 from unlearn_gym.tasks import Task, TaskData, provide_data, register_task, task_names
 
 PRELOADED = [__name__, "torch._dynamo"]
 """Imported once and shared by all workers; torch's optimizers load the second when the first one is made."""
+MAX_STARTS = 3
+"""Attempts to start a worker: the fork server, out of which it comes, may die in between."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,15 @@ class WorkerDied(Exception):
 def serve(connection: Connection, pickled: bytes, size: int) -> None:
     """A worker's life: make ``size`` environments, then answer until the other end hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
-    try:
-        plan = cloudpickle.loads(pickled)
-        group = _make_group(plan, size)
-    except Exception as error:
-        connection.send((0, False, _portable(error)))
-        return
+    shared: list[Path] = []
     with contextlib.suppress(EOFError, OSError):
+        try:
+            plan = cloudpickle.loads(pickled)
+            shared = [plan.shared.parent]
+            group = _make_group(plan, size)
+        except Exception as error:
+            connection.send((0, False, _portable(error)))
+            return
         connection.send((0, True, None))
         while True:
             ticket, name, message = connection.recv()
@@ -71,7 +76,18 @@ def serve(connection: Connection, pickled: bytes, size: int) -> None:
             except Exception as error:
                 answer = ForkingPickler.dumps((ticket, False, _portable(error)))
             connection.send_bytes(answer)
-    shutil.rmtree(plan.shared.parent, ignore_errors=True)  # a parent that was killed could not do it
+    _tidy_up_after_parent(shared)
+
+
+def _tidy_up_after_parent(shared: list[Path]) -> None:
+    """Remove what a parent that was killed could not: the shared file, and the folder of the fork server's socket."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join(timeout=1)
+        if not parent.is_alive():
+            shared = [*shared, Path(util.get_temp_dir())]  # the parent's, which its processes have in common
+    for folder in shared:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _make_group(plan: WorkerPlan, size: int) -> EnvGroup:
@@ -113,6 +129,23 @@ def _hidden_main() -> Iterator[None]:
 _MAIN_LOCK = threading.Lock()
 
 
+def _start(pickled: bytes, size: int) -> tuple[Connection, BaseProcess]:
+    """A process that serves ``size`` environments, and the pipe to it."""
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload(PRELOADED)
+        forkserver.ensure_running()  # takes seconds, the first time: not while the main module is hidden
+    ours, theirs = context.Pipe()
+    process: BaseProcess = context.Process(  # type: ignore[attr-defined]
+        target=serve, args=(theirs, pickled, size), daemon=True
+    )
+    with _hidden_main():
+        process.start()
+    theirs.close()
+    return ours, process
+
+
 class Worker:
     """One process and the pipe to it. ``timeout``: seconds within which it must answer (None: any time)."""
 
@@ -120,18 +153,18 @@ class Worker:
         self.indices, self.timeout = indices, timeout
         self.deaths = 0
         self._ticket = 0
-        methods = multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-        if "forkserver" in methods:
-            context.set_forkserver_preload(PRELOADED)
-            forkserver.ensure_running()  # takes seconds, the first time: not while the main module is hidden
-        self.connection, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(  # type: ignore[attr-defined]
-            target=serve, args=(theirs, pickled, len(indices)), daemon=True
-        )
-        with _hidden_main():
-            self.process.start()
-        theirs.close()
+        for attempt in range(1, MAX_STARTS + 1):
+            try:
+                self.connection, self.process = _start(pickled, len(indices))
+                return
+            except (EOFError, OSError) as error:  # what the fork server's death raises here
+                if attempt == MAX_STARTS:
+                    reason = error_line(error)
+                    raise WorkerError(
+                        f"no worker process could be started in {MAX_STARTS} attempts ({reason}: was the fork server "
+                        "killed, or is the machine out of memory or open files?); use backend='serial'"
+                    ) from None
+                time.sleep(0.2)  # until it is known to have died, and is started anew
 
     def send(self, name: str, message: bytes) -> None:
         """Ask for ``name`` of the worker's group with the arguments in ``message`` (:func:`arguments`).

@@ -90,7 +90,7 @@ def run_cell(
         env = make_cell_env(task, policy, options, data_root)
         name, every = ("static:0" if policy == FINETUNE else spec or policy), max(1, env.settings.horizon // PROBES)
         chooser = make_policy(name, policy_context(env), trust=trust)
-        cell |= asdict(run_episode(env, chooser, seed, probe_every=every))
+        cell |= asdict(run_episode(env, chooser, seed, name=policy, probe_every=every))
         cell["training_seconds"] = float(getattr(chooser, "training_seconds", 0.0))
         model = env.run.model
     started = time.perf_counter()

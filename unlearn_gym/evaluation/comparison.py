@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -18,7 +19,7 @@ import torch
 
 import unlearn_gym
 from unlearn_gym.engines import run_calls
-from unlearn_gym.errors import PolicyError, ResultsError, SettingsError, TaskError, UnlearnGymError
+from unlearn_gym.errors import PolicyError, ResultsError, SettingsError, TaskError
 from unlearn_gym.evaluation.cell import (
     FINETUNE,
     REFERENCES,
@@ -28,7 +29,7 @@ from unlearn_gym.evaluation.cell import (
     run_cell,
     write_curves,
 )
-from unlearn_gym.evaluation.episode import policy_context
+from unlearn_gym.evaluation.episode import policy_context, run_episode
 from unlearn_gym.evaluation.judge import EvaluationSettings
 from unlearn_gym.evaluation.results import CELL_FORMAT, Results, load_results
 from unlearn_gym.evaluation.store import CellStore
@@ -118,17 +119,10 @@ class Comparison:
                 self._try_policy(policy)
 
     def _try_policy(self, policy: str) -> None:
-        """Ask the policy once, so that one that cannot answer fails here."""
+        """Let the policy make one step, so that one that cannot fails here."""
         env = make_cell_env(self.task, policy, self.options, self.data_root)
         chooser = make_policy(self.spec(policy), policy_context(env), trust=self.trust)
-        chooser.reset(0)
-        try:
-            action = chooser.act(*env.reset(seed=0))
-            env.step(action)
-        except UnlearnGymError as error:
-            raise PolicyError(f"policy {policy!r}: {error}") from None
-        except Exception as error:
-            raise PolicyError(f"policy {policy!r} fails when asked for λ: {type(error).__name__}: {error}") from error
+        run_episode(env, chooser, 0, name=policy, steps=1)
 
     def cell_keys(self) -> dict[str, str]:
         """For each row a hash of all that its cells depend on but their seed: cells with another are not ours."""
@@ -207,11 +201,12 @@ def run_comparison(
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
     task = get_task(comparison.task)
     calls = [(task, comparison, *name, keys[name[0]], threads) for name in cells if name not in found]
-    for cell in run_calls(engine, _run_keyed, calls, jobs) if calls else ():
-        found[cell["policy"], cell["seed"]] = cell
-        write_curves(out / "tensorboard" / store.path(cell["policy"], cell["seed"], cell["key"]).stem, cell)
-        store.write(cell)
-        report(cell, len(found), len(cells))
+    with contextlib.closing(run_calls(engine, _run_keyed, calls, jobs, _cell_name)) as ran:
+        for cell in ran:
+            found[cell["policy"], cell["seed"]] = cell
+            write_curves(out / "tensorboard" / store.path(cell["policy"], cell["seed"], cell["key"]).stem, cell)
+            store.write(cell)
+            report(cell, len(found), len(cells))
     raw = {
         "format": CELL_FORMAT,
         "comparison": asdict(comparison), **_provenance(comparison, command), "cells": [found[name] for name in cells]
@@ -221,6 +216,10 @@ def run_comparison(
             store.write(cell)
     write_json(out / "results.json", raw, indent=None)
     return Results(raw)
+
+
+def _cell_name(task: Task, comparison: Comparison, policy: str, seed: int, *rest: Any) -> str:
+    return f"policy {policy!r}, seed {seed}"
 
 
 def finished_cells(out: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unlearn_gym.envs import SISSUnlearnEnv
-from unlearn_gym.policies import LambdaPolicy, PolicyContext, Transition
+from unlearn_gym.errors import ActionError, PolicyError
+from unlearn_gym.policies import LambdaPolicy, PolicyContext, Transition, blaming
 from unlearn_gym.torch_state import insulated
 
 TRACED = (
@@ -51,10 +52,16 @@ def run_episode(
     policy: LambdaPolicy,
     seed: int,
     *,
+    name: str | None = None,
+    steps: int | None = None,
     probe_every: int | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> Episode:
     """Reset both with ``seed`` and run to the end; afterwards ``env.run.model`` is the unlearned model.
+
+    ``steps`` ends it after so many. Whatever the policy raises, and a λ that the environment refuses, becomes a
+    ``PolicyError`` that says which policy it was, by ``name`` (default: its class), in which call and at which step,
+    counted from 1.
 
     With ``probe_every`` the run's probe is measured at the start, after every so many updates, and at the end: that
     draws nothing and changes nothing, and its time is not counted. ``on_step`` is called at the start and after every
@@ -62,26 +69,35 @@ def run_episode(
     """
     episode, clock = Episode(), time.perf_counter
     update: Any = getattr(policy, "update", None)
-    policy.reset(seed)
+    name = name or type(policy).__name__
+    with blaming(name, f"reset(seed={seed})"):
+        policy.reset(seed)
     obs, info = env.reset(seed=seed)
-    terminated = False
+    terminated, step = False, 0
     if probe_every is not None:
         _probe(env, episode)
     look = on_step or (lambda: None)
     look()
-    while not terminated:
+    while not terminated and step != steps:
+        step += 1
+        where = f"at step {step} of seed {seed}"
         started = clock()
-        lambda_ = policy.act(obs, info)
+        with blaming(name, f"act {where}"):
+            lambda_ = policy.act(obs, info)
         acted = clock()
-        next_obs, reward, terminated, _, info = env.step(lambda_)
+        try:
+            next_obs, reward, terminated, _, info = env.step(lambda_)
+        except ActionError as error:
+            raise PolicyError(f"policy {name!r}: act {where}: {error}") from None
         stepped = clock()
         if update is not None:
-            update(Transition(obs, lambda_, reward, next_obs, terminated, info))
+            with blaming(name, f"update {where}"):
+                update(Transition(obs, lambda_, reward, next_obs, terminated, info))
         episode.policy_seconds += acted - started + clock() - stepped
         episode.env_seconds += stepped - acted
         episode.episode_return += reward
-        for name, values in episode.trace.items():
-            values.append(info["terms"][name])
+        for term, values in episode.trace.items():
+            values.append(info["terms"][term])
         obs = next_obs
         if probe_every is not None and (terminated or env.run.updates % probe_every == 0):
             _probe(env, episode)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import importlib.util
-import inspect
 import json
 import re
 import sys
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from unlearn_gym.errors import PolicyError, UnlearnGymError, error_line
+from unlearn_gym.errors import PolicyError, UnlearnGymError
 from unlearn_gym.files import sha256
 from unlearn_gym.objectives import lambda_role
 from unlearn_gym.policies import open_loop, variational
-from unlearn_gym.policies.base import FunctionPolicy, LambdaPolicy, PolicyContext
+from unlearn_gym.policies.base import LambdaPolicy, PolicyContext
 from unlearn_gym.policies.normalization import statistics_path
+from unlearn_gym.policies.own import load_own_policy, module_spec
 from unlearn_gym.policies.transfer import trained_network
 from unlearn_gym.policies.variational_spec import FORM, parse_variational
 from unlearn_gym.tasks import get_task
@@ -106,11 +103,7 @@ def policy_sources(spec: str, task: str) -> list[Path]:
         return [SHIPPED_AGENTS / task / f"{name}.zip"]
     if name in BUILT_IN or len(arguments) != 1:
         return []
-    _see_own_modules()
-    try:
-        module = importlib.util.find_spec(name)
-    except (ImportError, ValueError):  # ValueError: a module that was made by hand
-        return []
+    module = module_spec(name)
     return [Path(module.origin)] if module is not None and module.origin else []
 
 
@@ -185,31 +178,8 @@ def _agent(path: Path, context: PolicyContext, *, trust: bool = False) -> Lambda
     return SB3Policy(context, path, trust=trust)
 
 
-def _see_own_modules() -> None:
-    """Find modules in the folder where the command runs, as ``python -m`` does and an installed script does not."""
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-
-
 def _from_module(module: str, attribute: str) -> LambdaPolicy:
-    """A user's policy: an object with ``act``, a class of such, or a function ``obs -> lambda_``."""
-    _see_own_modules()
-    try:
-        found: Any = getattr(importlib.import_module(module), attribute)
-    except AttributeError:
-        close = difflib.get_close_matches(attribute, vars(sys.modules[module]), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise PolicyError(f"policy {module}:{attribute}: {module!r} has no {attribute!r}{hint}") from None
-    except Exception as error:  # whatever the user's module raises
-        reason = error_line(error)
-        raise PolicyError(f"policy {module}:{attribute}: cannot import {module!r} ({reason}); see {USAGE}") from None
-    if inspect.isclass(found):
-        try:
-            found = found()
-        except TypeError as error:
-            raise PolicyError(f"policy {module}:{attribute} cannot be made without arguments ({error})") from None
-    if isinstance(found, LambdaPolicy):
-        return found
-    if callable(found):
-        return FunctionPolicy(found)
-    raise PolicyError(f"policy {module}:{attribute} is neither a LambdaPolicy nor a function obs -> lambda_")
+    if module_spec(module) is None and module not in sys.modules:
+        reason = "there is no such module in this folder, nor is one installed"
+        raise PolicyError(f"policy '{module}:{attribute}': cannot import {module!r}: {reason}; see {USAGE}")
+    return load_own_policy(module, attribute)
