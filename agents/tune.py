@@ -116,7 +116,8 @@ def tune(
     study = _open_study(folder)
     _check_same_search(study, {**plan.as_json(), "timesteps": total}, folder)
     _retry_unfinished(study)
-    list(run_calls(engine, _search, [(folder, plan, total, trials, seed + number) for number in range(jobs)], jobs))
+    calls = [(folder, plan, total, trials, seed + number) for number in range(jobs)]
+    list(run_calls(engine, _search, calls, jobs, lambda *call: f"the search with seed {call[-1]}"))
     return _write_findings(_open_study(folder), base, folder)
 
 

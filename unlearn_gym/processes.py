@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import NoReturn
 
@@ -63,6 +64,7 @@ def follow_parent(parent: int) -> None:
 @contextlib.contextmanager
 def interrupts_blocked() -> Iterator[None]:
     """Processes that are started here get no interrupt before they have come to :func:`follow_parent`."""
+    resource_tracker.ensure_running()  # its start, which any process's start may bring about, lets interrupts through
     _mask("SIG_BLOCK")
     try:
         yield
