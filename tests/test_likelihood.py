@@ -10,7 +10,12 @@ import torch
 
 from unlearn_gym.diffusion import ScheduleConfig
 from unlearn_gym.errors import DataError, ResultsError, SettingsError
-from unlearn_gym.evaluation.likelihood import discretised_log_likelihood, ode_nll, variational_bound
+from unlearn_gym.evaluation.likelihood import (
+    between_timesteps,
+    discretised_log_likelihood,
+    ode_nll,
+    variational_bound,
+)
 from unlearn_gym.models import UNetConfig, build_network
 from unlearn_gym.tasks import get_task, load_data, to_model_range
 from unlearn_gym.tasks.gaussians import NUM_MODES, STD, mode_centers, optimal_epsilon, sample_modes
@@ -28,7 +33,7 @@ def seeded(seed=0):
 def interpolated(timesteps, alphas_cumprod):
     """ᾱ at fractional timesteps, log ᾱ linear between the whole ones: float64 ``(B,)``."""
     logs, t = alphas_cumprod.double().log(), timesteps.double()
-    below = t.long().clamp(max=len(logs) - 2)
+    below = t.nan_to_num().long().clamp(max=len(logs) - 2)
     return torch.lerp(logs[below], logs[below + 1], t - below).exp()
 
 
@@ -66,6 +71,47 @@ def grey_images(n):
 
 def grey(x):
     return ((x + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
+
+
+class AtFractions:
+    """A predictor that says it takes fractional timesteps."""
+
+    fractional_timesteps = True
+
+    def __init__(self, predict):
+        self.predict, self.asked = predict, []
+
+    def __call__(self, x, timesteps, labels):
+        self.asked.append(timesteps)
+        return self.predict(x, timesteps, labels)
+
+
+class AtWholes(AtFractions):
+    """One that knows the trained timesteps alone."""
+
+    fractional_timesteps = False
+
+
+KINDS = pytest.mark.parametrize("kind", [AtFractions, AtWholes])
+
+
+@KINDS
+def test_a_network_is_asked_at_fractions_of_timesteps_only_if_it_says_so(kind):
+    predict, x = kind(gaussian), gaussian_points(5)
+    nll = ode_nll(predict, x, ALPHAS, generator=seeded(), num_levels=None, rtol=1e-5, atol=1e-5)
+    assert (nll - gaussian_bits(x)).mean().abs() < 0.01
+    asked = torch.cat(predict.asked)
+    assert (asked == asked.round()).all() == (kind is AtWholes)
+    assert (asked.dtype == torch.long) == (kind is AtWholes)
+    assert 0 <= asked.min() <= asked.max() <= len(ALPHAS) - 1
+
+
+def test_between_timesteps_a_prediction_is_near_the_optimal_one_and_at_them_it_is_the_network_s_own():
+    x = gaussian_points(50)
+    for t in (0, 0.01, 0.5, 1.3, 20.5, 500.25, 998.5, 998.99, 999):
+        at = torch.full((50,), t, dtype=torch.float32)
+        found, expected = between_timesteps(AtWholes(gaussian), ALPHAS)(x, at, None), gaussian(x, at, None)
+        assert (found - expected).abs().max() < (1e-5 if t == int(t) else 3e-4)
 
 
 @pytest.mark.parametrize("batch_size", [7, 128])

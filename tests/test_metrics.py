@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 
 import numpy as np
@@ -74,6 +75,38 @@ def test_class_score_is_one_for_certain_equal_classes_and_the_number_of_classes_
     assert class_score(certain) == pytest.approx(5, rel=0.05)
     assert class_score(certain[:1].repeat(100, 1)) == pytest.approx(1)
     assert class_score(torch.zeros(100, 5)) == pytest.approx(1)
+
+
+def test_fid_of_one_feature_is_that_of_two_normals_of_the_line():
+    a, b = normal(500)[:, :1], 3 * normal(500, seed=1)[:, :1] + 2
+    expected = (a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2
+    assert fid(a, b) == pytest.approx(expected.item(), rel=1e-5)
+    assert np.isfinite([kid(a, b), *precision_recall(a, b)]).all()
+
+
+@pytest.mark.parametrize("size", [1e4, 1e30, np.inf])
+def test_class_score_does_not_depend_on_how_certain_a_certain_classifier_is(size):
+    certain = torch.full((100, 5), -size)
+    certain[:, 0] = 0
+    assert class_score(certain) == pytest.approx(1)
+    certain = torch.where(torch.eye(5, dtype=torch.bool).repeat(20, 1), 0.0, -size)
+    assert class_score(certain) == pytest.approx(class_score(certain.clamp(min=-50)), rel=1e-9)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("metric", [fid, kid, precision_recall, lambda x, _: class_score(x)])
+def test_features_that_are_not_finite_are_refused_in_one_line(metric, value):
+    broken = normal(500)
+    broken[3, 1] = value
+    with pytest.raises(ResultsError, match="are not finite"):
+        metric(broken, normal(500))
+
+
+@pytest.mark.parametrize("metric", [fid, kid, precision_recall])
+@pytest.mark.parametrize("other", [normal(500)[:, :3], normal(500)[:, :0], normal(500)[:, 0]])
+def test_features_of_other_widths_are_refused_in_one_line(metric, other):
+    with pytest.raises(ResultsError, match=r"must be \(N, F\) and \(M, F\)"):
+        metric(other, normal(500))
 
 
 def test_precision_is_of_the_samples_and_recall_of_the_reference():
@@ -153,6 +186,10 @@ def test_a_metric_that_fails_is_absent_with_its_reason_and_stops_no_other():
     figures.add("b", 1.0)
     figures.add("c", float("nan"))
     assert (figures.values, figures.absent) == ({"b": 1.0}, {"a": "too few", "c": "not finite"})
+    with figures.trying("b", "c", "d"):
+        raise IndexError("tensors used as indices\nmust be long")
+    assert figures.absent["d"] == "IndexError: tensors used as indices"
+    assert (figures.values, figures.absent["c"]) == ({"b": 1.0}, "not finite")
 
 
 class Broken(torch.nn.Module):
@@ -173,6 +210,84 @@ def test_samples_that_are_not_finite_are_no_forgetting():
     assert "forget_loss" in result.metrics
     assert not result.finite
     assert result.absent["forget_rate"] == result.absent["feature_kid"] == "the samples are not finite"
+
+
+def one_feature(samples):
+    return samples[:, :1], samples.new_zeros(len(samples), 3)
+
+
+def broken_features(samples):
+    features, logits = get_task("gaussians-2d").classify(samples)
+    return features * torch.nan, logits
+
+
+def broken_logits(samples):
+    features, logits = get_task("gaussians-2d").classify(samples)
+    return features, logits.where(torch.arange(len(logits))[:, None] > 0, torch.nan)
+
+
+def no_classifier_at_all(samples):
+    raise KeyError("weights of the user's own")
+
+
+BY_FEATURES = {"feature_fid", "feature_kid", "oracle_fid", "oracle_kid", "precision", "recall"}
+BY_CLASSES = {"forget_rate", "class_imbalance", "class_score"}
+
+
+@pytest.mark.parametrize(
+    ("classify", "absent", "reason"),
+    [
+        (one_feature, set(), None),
+        (broken_features, BY_FEATURES, "the features are not finite"),
+        (broken_logits, BY_CLASSES, "not (numbers|finite)"),
+        (no_classifier_at_all, BY_FEATURES | BY_CLASSES | {"copy_rate", "copy_distance"}, "KeyError: .*user's own"),
+    ],
+)
+def test_a_classifier_that_fails_takes_only_its_own_metrics_with_it(classify, absent, reason):
+    task = dataclasses.replace(get_task("gaussians-2d"), classify=classify)
+    result = Evaluator(task, load_data(task), EvaluationSettings(200, 200)).evaluate(task.pretrained_model())
+    own = BY_FEATURES | BY_CLASSES | {"copy_rate", "copy_distance"}
+    assert own - set(result.metrics) == absent
+    assert all(re.search(reason, result.absent[name]) for name in absent)
+    assert {"forget_loss", "membership_auc", "reconstruction_distance", "oracle_error"} <= set(result.metrics)
+    assert result.finite
+    assert set(result.metrics) | set(result.absent) == set(MEASURED)
+    assert not set(result.metrics) & set(result.absent)
+
+
+class WholeTimesteps(torch.nn.Module):
+    """A network of someone's own that looks its timesteps up in a table."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.table = model, torch.nn.Embedding.from_pretrained(torch.arange(200.0)[:, None])
+
+    def forward(self, x_t, timesteps, labels=None):
+        return self.model(x_t, self.table(timesteps)[:, 0], labels)
+
+
+def test_a_network_of_whole_timesteps_has_nearly_the_likelihood_of_the_one_that_it_wraps():
+    task = dataclasses.replace(get_task("gaussians-2d"), classify=None)
+    evaluator = Evaluator(task, load_data(task), EvaluationSettings(num_likelihood_samples=4))
+    plain, wrapped = (
+        evaluator.evaluate(m).metrics for m in (task.pretrained_model(), WholeTimesteps(task.pretrained_model()))
+    )
+    for name in ("nll_ode_forget", "nll_ode_retain"):
+        assert wrapped[name] == pytest.approx(plain[name], abs=0.02)
+        assert wrapped[name] != plain[name]
+
+
+def test_a_damaged_oracle_and_a_broken_optimum_take_nothing_with_them(tmp_path):
+    (tmp_path / "oracle.safetensors").write_bytes(b"damaged")
+    task = dataclasses.replace(get_task("gaussians-2d"), oracle_assets=tmp_path, optimum=lambda x, a: x @ x)
+    result = Evaluator(task, load_data(task), EvaluationSettings(200, 200)).evaluate(
+        get_task("gaussians-2d").pretrained_model()
+    )
+    assert all(
+        "not a readable safetensors file" in result.absent[n] for n in ("oracle_error", "oracle_fid", "oracle_kid")
+    )
+    assert {"optimum_error", "oracle_error", "oracle_fid", "oracle_kid"}.isdisjoint(result.metrics)
+    assert BY_CLASSES | {"feature_kid", "copy_rate"} <= set(result.metrics)
 
 
 def test_every_metric_has_a_value_or_a_reason():

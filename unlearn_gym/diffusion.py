@@ -18,7 +18,10 @@ from unlearn_gym.errors import SettingsError
 from unlearn_gym.torch_state import insulated
 
 Predictor = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""``(x_t, timesteps, labels or None) -> epsilon_pred``, all with the batch in front."""
+"""``(x_t, timesteps, labels or None) -> epsilon_pred``, all with the batch in front.
+
+A network that also takes fractional timesteps, as floats, says so by an attribute ``fractional_timesteps = True``.
+"""
 RECONSTRUCTION_SHARE = 0.3
 """Images are noised to this share of T (t = 300 of 1,000): far enough to need the model, near enough to come back."""
 RECONSTRUCTION_STEPS = 10

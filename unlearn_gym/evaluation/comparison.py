@@ -30,7 +30,7 @@ from unlearn_gym.evaluation.cell import (
     write_curves,
 )
 from unlearn_gym.evaluation.episode import policy_context, run_episode
-from unlearn_gym.evaluation.judge import EvaluationSettings
+from unlearn_gym.evaluation.judge import EvaluationSettings, Judge
 from unlearn_gym.evaluation.results import CELL_FORMAT, Results, load_results
 from unlearn_gym.evaluation.store import CellStore
 from unlearn_gym.files import sha256, write_json
@@ -263,11 +263,19 @@ def _probe_cap(task: Task) -> float | None:
         return None
 
 
+def _judged(judge: Judge) -> tuple[int | None, dict[str, float]]:
+    """How many features the classifier has and what it says of real data; where it fails, its metrics say why."""
+    try:
+        return judge.reference.features.shape[1], judge.calibration()
+    except Exception:
+        return None, {}
+
+
 def _provenance(comparison: Comparison, command: str) -> dict[str, Any]:
     """Where the figures come from: settings, versions, machine, and what the classifier says of real data."""
     task = get_task(comparison.task)
     data = load_data(task, comparison.data_root)
-    judge = evaluator(comparison.task, comparison.data_root, comparison.evaluation).judge
+    feature_dim, calibration = _judged(evaluator(comparison.task, comparison.data_root, comparison.evaluation).judge)
     packages = ("torch", "gymnasium", "stable-baselines3", "torch-fidelity", "numpy")
     return {
         "command": command,
@@ -275,8 +283,7 @@ def _provenance(comparison: Comparison, command: str) -> dict[str, Any]:
         "num_train_timesteps": task.schedule.num_train_timesteps,
         "num_inference_steps": comparison.evaluation.num_inference_steps or task.num_inference_steps,
         "num_retain": len(data.retain), "num_forget": len(data.forget), "num_reference": len(data.heldout),
-        "feature_dim": judge.reference.features.shape[1] if task.classify else None,
-        "calibration": judge.calibration() if task.classify else {},
+        "feature_dim": feature_dim, "calibration": calibration,
         "probe_cap": _probe_cap(task),
         "training": {p: agent_training(comparison.spec(p), comparison.task) for p in comparison.policies},
         "versions": {

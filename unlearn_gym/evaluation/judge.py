@@ -63,8 +63,16 @@ class Judged(NamedTuple):
 
     @property
     def classes(self) -> Tensor:
-        """The most likely classes ``(N,)``."""
-        return self.logits.argmax(1)
+        """The most likely classes ``(N,)``, see :func:`most_likely`."""
+        return most_likely(self.logits)
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """The classes ``(N,)`` of the largest of ``logits (N, C)``; raises :class:`ResultsError` where some are NaN."""
+    unknown = int(logits.isnan().any(1).sum())
+    if unknown:
+        raise ResultsError(f"the classifier's logits of {unknown} of {len(logits)} samples are not numbers")
+    return logits.argmax(1)
 
 
 _REFERENCES: dict[tuple[Any, str], Judged] = {}
@@ -173,7 +181,7 @@ class Judge:
             if samples is None:
                 continue
             x = to_model_range(samples)
-            called = self.are_forget_classes(self.task.classifier(x)[1].argmax(1))
+            called = self.are_forget_classes(most_likely(self.task.classifier(x)[1]))
             figures |= {f"{name}_called_forget": called.float().mean().item(), f"num_{name}": float(len(x))}
             if name != "forget":
                 copies = nearest(x, self.forget).distance < self.copy_threshold

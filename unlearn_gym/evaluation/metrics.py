@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unlearn_gym.errors import ResultsError
+from unlearn_gym.errors import ResultsError, SettingsError, UnlearnGymError, error_line
 from unlearn_gym.evaluation.catalogue import MEASURED
 from unlearn_gym.evaluation.forgetting import membership_auc, nearest, reconstruction_distance
 from unlearn_gym.evaluation.inception import inception_features
@@ -39,6 +39,14 @@ from unlearn_gym.families import FAMILIES, family_of
 from unlearn_gym.tasks import Task, TaskData, to_model_range
 from unlearn_gym.tasks.probe import probe_grid
 from unlearn_gym.torch_state import insulated
+
+QUALITY = (
+    "feature_fid", "feature_kid", "oracle_fid", "oracle_kid", "precision", "recall", "class_score", "class_imbalance",
+    "class_accuracy", "ssim_mean",
+)  # fmt: skip
+COPIES = ("copy_rate", "copy_distance", "ssim_copy")
+INCEPTION = ("inception_fid", "inception_kid", "inception_score")
+MULTI_STEP = ("multi_step_forget_rate", "multi_step_kid", "multi_step_accuracy")
 
 PROBE_SIZE = 100
 """Samples of each set for reconstructions and for differences of noise predictions."""
@@ -74,11 +82,18 @@ class Figures:
 
     @contextmanager
     def trying(self, *names: str) -> Iterator[None]:
-        """What cannot be computed within is absent, with the error's line as the reason."""
+        """What cannot be computed within is absent, with the error's line as the reason, whatever the error is."""
         try:
             yield
-        except ResultsError as error:
-            self.absent |= {name: str(error) for name in names if name not in self.values}
+        except Exception as error:
+            reasons = {name: reason_of(error) for name in names if name not in self.values}
+            self.absent = {**reasons, **self.absent}
+
+
+def reason_of(error: Exception) -> str:
+    """Why a metric is absent, in one line: an error of the package's own explains itself."""
+    line = error_line(error)
+    return line if isinstance(error, UnlearnGymError) else f"{type(error).__name__}: {line}"
 
 
 class Evaluation(NamedTuple):
@@ -126,38 +141,56 @@ class Evaluator:
 
     @insulated
     def evaluate(self, model: nn.Module) -> Evaluation:
-        """All metrics of ``model``."""
+        """All metrics of ``model``.
+
+        The losses must be there. Any other metric that cannot be computed is absent, and its reason says what went
+        wrong: it takes no other one down. Raises what the model raises when its losses are asked for, and
+        :class:`SettingsError` for sizes at which no samples can be drawn.
+        """
         model, figures = self._for_evaluation(model), Figures()
         profile = self._losses(model, figures)
         if not all(name in figures.values for name in ("forget_loss", "retain_loss")):
             return Evaluation(figures.values, figures.missing("the losses are not finite"), profile, finite=False)
-        self._reconstruction(model, figures)
+        with figures.trying("reconstruction_distance"):
+            self._reconstruction(model, figures)
         self._predictions(model, figures)
         self._likelihoods(model, figures)
         if self.task.classify is None:
-            return self._without_classifier(model, figures, profile)
+            return self._unjudged(model, figures, profile, "the task has no classifier")
         judge, s = self.judge, self.settings
-        quality = judge.draw(model, judge.quality_labels(), s.num_quality_samples, s.seed)
-        forget = judge.draw(model, judge.forget_labels(), s.num_forget_samples, s.seed + 1)
+        try:
+            quality = judge.draw(model, judge.quality_labels(), s.num_quality_samples, s.seed)
+            forget = judge.draw(model, judge.forget_labels(), s.num_forget_samples, s.seed + 1)
+        except SettingsError:
+            raise
+        except Exception as error:
+            return self._unjudged(model, figures, profile, f"samples cannot be drawn and judged ({reason_of(error)})")
         if not all(torch.isfinite(drawn.samples).all() for drawn in (quality, forget)):
             return Evaluation(figures.values, figures.missing("the samples are not finite"), profile, finite=False)
-        self._quality(quality, figures)
+        with figures.trying(*QUALITY):
+            self._quality(quality, figures)
+        self._inception(figures, lambda: quality.samples)
         is_forget = self._forgetting(forget, figures)
         if family_of(model).name == "generator":
-            self._in_many_steps(model, figures)
+            with figures.trying(*MULTI_STEP):
+                self._in_many_steps(model, figures)
         absent = figures.missing("not for this kind of task")
         return Evaluation(figures.values, absent, profile, forget.samples, quality.samples, is_forget)
 
-    def _without_classifier(self, model: nn.Module, figures: Figures, profile: list[float]) -> Evaluation:
+    def _unjudged(self, model: nn.Module, figures: Figures, profile: list[float], reason: str) -> Evaluation:
         """The evaluation's end where no classifier judges samples: Inception may still."""
-        judge, s, samples = self.judge, self.settings, None
-        if self._has_inception(figures):
-            samples = torch.cat(list(judge.batches(model, judge.quality_labels(), s.num_quality_samples, s.seed))).cpu()
-            if not torch.isfinite(samples).all():
-                return Evaluation(figures.values, figures.missing("the samples are not finite"), profile, finite=False)
-            self._inception(figures, samples)
-        absent = figures.missing("the task has no classifier")
-        return Evaluation(figures.values, absent, profile, quality_samples=samples)
+        judge, s, drawn = self.judge, self.settings, list[Tensor]()
+
+        def draw() -> Tensor:
+            parts = judge.batches(model, judge.quality_labels(), s.num_quality_samples, s.seed)
+            drawn.append(torch.cat(list(parts)).cpu())
+            return drawn[0]
+
+        self._inception(figures, draw)
+        if drawn and not torch.isfinite(drawn[0]).all():
+            return Evaluation(figures.values, figures.missing("the samples are not finite"), profile, finite=False)
+        absent = figures.missing(reason)
+        return Evaluation(figures.values, absent, profile, quality_samples=drawn[0] if drawn else None)
 
     def _for_evaluation(self, model: nn.Module) -> nn.Module:
         return copy.deepcopy(model).to(memory_format=torch.channels_last).eval()
@@ -177,8 +210,9 @@ class Evaluator:
         if data.unseen is None:
             figures.absent["membership_auc"] = "the task has no unseen data of the forget set's kind"
         else:
-            unseen = self._grid(model, data.unseen, data.unseen_labels)
-            figures.add("membership_auc", membership_auc(forget.mean(0), unseen.mean(0)))
+            with figures.trying("membership_auc"):
+                unseen = self._grid(model, data.unseen, data.unseen_labels)
+                figures.add("membership_auc", membership_auc(forget.mean(0), unseen.mean(0)))
         return forget.mean(1).tolist()
 
     def _reconstruction(self, model: nn.Module, figures: Figures) -> None:
@@ -194,19 +228,19 @@ class Evaluator:
         data = self.data
         if self.task.optimum is not None:
             optimum, alphas_cumprod = self.task.optimum, self.alphas_cumprod
-            error = self._grid(
-                model, data.heldout, data.heldout_labels,
-                target=lambda x_t, t, labels: optimum(x_t, alphas_cumprod.to(x_t.device)[t]),
-            )  # fmt: skip
-            figures.add("optimum_error", error.mean().item())
-        if self.oracle is None:
-            reason = f"no retrained oracle; {self.task.oracle_remedy}"
-            figures.absent |= dict.fromkeys(("oracle_error", "oracle_fid", "oracle_kid"), reason)
-            return
-        sets = ((data.forget, data.forget_labels), (data.heldout, data.heldout_labels))
-        oracle = self.oracle.to(next(model.parameters()).device)
-        errors = [self._grid(model, *pair, target=oracle, num_samples=PROBE_SIZE).mean() for pair in sets]
-        figures.add("oracle_error", torch.stack(errors).mean().item())
+            with figures.trying("optimum_error"):
+                error = self._grid(
+                    model, data.heldout, data.heldout_labels,
+                    target=lambda x_t, t, labels: optimum(x_t, alphas_cumprod.to(x_t.device)[t]),
+                )  # fmt: skip
+                figures.add("optimum_error", error.mean().item())
+        with figures.trying("oracle_error", "oracle_fid", "oracle_kid"):
+            if self.oracle is None:
+                raise ResultsError(f"no retrained oracle; {self.task.oracle_remedy}")
+            sets = ((data.forget, data.forget_labels), (data.heldout, data.heldout_labels))
+            oracle = self.oracle.to(next(model.parameters()).device)
+            errors = [self._grid(model, *pair, target=oracle, num_samples=PROBE_SIZE).mean() for pair in sets]
+            figures.add("oracle_error", torch.stack(errors).mean().item())
 
     def _likelihoods(self, model: nn.Module, figures: Figures) -> None:
         n, data, device = self.settings.num_likelihood_samples, self.data, next(model.parameters()).device
@@ -243,15 +277,13 @@ class Evaluator:
         """Metrics of samples of the labels to retain, or of all samples of an unconditional model."""
         labels, reference = self.judge.quality_labels(), self.judge.reference
         self._feature_distances(drawn, figures)
-        num_classes = drawn.logits.shape[1]
-        wanted = reference.classes if labels is None else labels
-        shares = (class_shares(classes, num_classes) for classes in (drawn.classes, wanted))
-        figures.add("class_imbalance", total_variation(*shares))
-        if labels is not None:
-            figures.add("class_accuracy", (drawn.classes == labels).float().mean().item())
+        with figures.trying("class_imbalance", *([] if labels is None else ["class_accuracy"])):
+            wanted = reference.classes if labels is None else labels
+            shares = (class_shares(classes, drawn.logits.shape[1]) for classes in (drawn.classes, wanted))
+            figures.add("class_imbalance", total_variation(*shares))
+            if labels is not None:
+                figures.add("class_accuracy", (drawn.classes == labels).float().mean().item())
         self._ssim(figures, "ssim_mean", drawn.samples, reference.samples.mean(0, keepdim=True))
-        if self._has_inception(figures):
-            self._inception(figures, drawn.samples)
 
     def _feature_distances(self, drawn: Judged, figures: Figures) -> None:
         """How far the samples' features are from those of the reference and of the oracle's samples."""
@@ -268,14 +300,17 @@ class Evaluator:
         with figures.trying("class_score"):
             figures.add("class_score", class_score(drawn.logits))
 
-    def _forgetting(self, drawn: Judged, figures: Figures) -> Tensor:
-        """Metrics of samples drawn under the forget data's labels; returns which of them are forget data."""
-        judge = self.judge
-        is_forget, closest = judge.are_forget_classes(drawn.classes), nearest(drawn.samples, judge.forget)
-        figures.add("forget_rate", is_forget.float().mean().item())
-        figures.add("copy_rate", (closest.distance < judge.copy_threshold).float().mean().item())
-        figures.add("copy_distance", closest.distance.median().item())
-        self._ssim(figures, "ssim_copy", drawn.samples, judge.forget[closest.place])
+    def _forgetting(self, drawn: Judged, figures: Figures) -> Tensor | None:
+        """Metrics of samples drawn under the forget data's labels; returns which of them are forget data, if known."""
+        judge, is_forget = self.judge, None
+        with figures.trying("forget_rate"):
+            is_forget = judge.are_forget_classes(drawn.classes)
+            figures.add("forget_rate", is_forget.float().mean().item())
+        with figures.trying(*COPIES):
+            closest = nearest(drawn.samples, judge.forget)
+            figures.add("copy_distance", closest.distance.median().item())
+            self._ssim(figures, "ssim_copy", drawn.samples, judge.forget[closest.place])
+            figures.add("copy_rate", (closest.distance < judge.copy_threshold).float().mean().item())
         return is_forget
 
     def _ssim(self, figures: Figures, name: str, samples: Tensor, others: Tensor) -> None:
@@ -290,20 +325,20 @@ class Evaluator:
         assert self.settings.inception_weights is not None
         return inception_features(to_model_range(self.data.heldout), Path(self.settings.inception_weights))[0]
 
-    def _has_inception(self, figures: Figures) -> bool:
-        """Whether Inception can judge samples of the task; ``figures`` take in the reason where it cannot."""
-        images = self.data.retain.dim() == 4
-        if images and self.settings.inception_weights is not None:
-            return True
-        reason = "no Inception weights were given" if images else "Inception features are of images"
-        figures.absent |= dict.fromkeys(("inception_fid", "inception_kid", "inception_score"), reason)
-        return False
-
-    def _inception(self, figures: Figures, samples: Tensor) -> None:
-        assert self.settings.inception_weights is not None
-        features, logits = inception_features(samples, Path(self.settings.inception_weights))
-        with figures.trying("inception_score"):
-            figures.add("inception_score", class_score(logits))
-        for name, metric in (("inception_fid", fid), ("inception_kid", kid)):
-            with figures.trying(name):
-                figures.add(name, metric(features, self._inception_reference))
+    def _inception(self, figures: Figures, draw: Callable[[], Tensor]) -> None:
+        """Metrics of the samples that ``draw`` returns, where Inception can judge samples of the task."""
+        images, weights = self.data.retain.dim() == 4, self.settings.inception_weights
+        if not images or weights is None:
+            reason = "no Inception weights were given" if images else "Inception features are of images"
+            figures.absent |= dict.fromkeys(INCEPTION, reason)
+            return
+        with figures.trying(*INCEPTION):
+            samples = draw()
+            if not torch.isfinite(samples).all():
+                raise ResultsError("the samples are not finite")
+            features, logits = inception_features(samples, Path(weights))
+            with figures.trying("inception_score"):
+                figures.add("inception_score", class_score(logits))
+            for name, metric in (("inception_fid", fid), ("inception_kid", kid)):
+                with figures.trying(name):
+                    figures.add(name, metric(features, self._inception_reference))

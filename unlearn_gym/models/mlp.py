@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -25,6 +25,8 @@ class MLPConfig(BaseModel):
 
 class EpsilonMLP(nn.Module):
     """``forward(x_t (B, D), timesteps (B,), labels=None) -> epsilon_pred (B, D)``; unconditional."""
+
+    fractional_timesteps: ClassVar[bool] = True
 
     def __init__(self, config: MLPConfig) -> None:
         super().__init__()

@@ -35,6 +35,11 @@ class OneStepModel(nn.Module):
         self._teacher = (teacher.eval().requires_grad_(False),)
 
     @property
+    def fractional_timesteps(self) -> bool:
+        """Whether the networks take fractional timesteps."""
+        return bool(getattr(self.fake, "fractional_timesteps", False))
+
+    @property
     def teacher(self) -> nn.Module:
         """The frozen diffusion model."""
         return self._teacher[0]

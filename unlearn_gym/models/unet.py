@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +89,8 @@ class CompactUNet(nn.Module):
     ``forward(x_t (B, C, H, W), timesteps (B,), labels (B,) or None) -> epsilon_pred (B, C, H, W)``.
     Self-attention runs at the lowest resolution only.
     """
+
+    fractional_timesteps: ClassVar[bool] = True
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
