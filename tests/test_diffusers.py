@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 import re
 import shutil
@@ -23,7 +24,8 @@ import unlearn_gym  # noqa: F401
 from unlearn_gym.cli import COMMANDS
 from unlearn_gym.diffusion import ScheduleConfig, q_sample
 from unlearn_gym.errors import DataError, SettingsError, TaskError, WeightsError
-from unlearn_gym.models.diffusers_folder import SCHEDULES, WEIGHTS, read_config
+from unlearn_gym.evaluation.likelihood import ode_nll
+from unlearn_gym.models.diffusers_folder import SCHEDULES, WEIGHTS, read_folder
 from unlearn_gym.models.diffusers_unet import (
     PREDICTION_TYPES,
     DiffusersConfig,
@@ -219,7 +221,7 @@ def test_the_published_network_takes_a_step(num_class_embeds):
 
 
 def test_configs_and_tasks_are_values(saved, tmp_path):
-    config = read_config(saved)
+    config = read_folder(saved).config
     assert pickle.loads(pickle.dumps(config)) == config == DiffusersConfig.model_validate(config.model_dump())
     assert hash(config) == hash(config.model_copy())
     assert config != config.model_copy(update={"prediction_type": "sample"})
@@ -351,12 +353,164 @@ def test_pickled_weights_are_refused(pipeline, tmp_path):
         diffusers_task("pickle", pipeline, load_unlabelled, tmp_path / "assets")
 
 
+def test_a_scheduler_that_says_by_an_old_name_that_it_predicts_x_0_is_believed(pipeline):
+    where = pipeline / "scheduler/scheduler_config.json"
+    plain = json.loads(where.read_text())
+    del plain["prediction_type"]
+    for old, expected in ((False, "sample"), (True, "epsilon"), (None, "epsilon")):
+        where.write_text(json.dumps(plain | {"predict_epsilon": old}))
+        assert read_folder(pipeline).config.prediction_type == expected
+    for said in ("v_prediction", "sample"):
+        where.write_text(json.dumps(plain | {"predict_epsilon": False, "prediction_type": said}))
+        assert read_folder(pipeline).config.prediction_type == said
+
+
+def assert_reads_as_the_library(folder, assets, *, theirs=None, variant=None, **options):
+    """Our weights are bit for bit those of ``from_pretrained`` on the folder ``theirs`` of the network."""
+    expected = diffusers.UNet2DModel.from_pretrained(theirs or folder / "unet", use_safetensors=True, variant=variant)
+    task = diffusers_task("read", folder, load_unlabelled, assets, variant=variant, **options)
+    model, state = task.pretrained_model(), expected.state_dict()
+    found = model.unet.state_dict()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name].float()) for name in state)
+    x, t = torch.randn((2, 1, 8, 8), generator=torch.Generator().manual_seed(0)), torch.tensor([3, 40])
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x, t), expected.float().eval()(x, t).sample)
+
+
+OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def with_old_names(tensors):
+    def old(name):
+        for new, other in OLD_NAMES.items():
+            name = name.replace(f".{new}.", f".{other}.")
+        return name
+
+    return {old(name): value for name, value in tensors.items()}
+
+
+def test_attention_under_its_old_names_is_read_as_the_library_reads_it(pipeline, tmp_path):
+    tensors = read_tensors(pipeline / WEIGHTS)
+    renamed = with_old_names(tensors)
+    assert len(renamed.keys() - tensors.keys()) == 8 * sum("to_q.weight" in name for name in tensors)
+    save_file(renamed, pipeline / WEIGHTS, metadata={"format": "pt"})
+    assert_reads_as_the_library(pipeline, tmp_path / "assets")
+
+
+def test_old_names_beside_new_ones_are_another_network_s(pipeline, tmp_path):
+    tensors = read_tensors(pipeline / WEIGHTS)
+    save_file(tensors | {k: v + 1 for k, v in with_old_names(tensors).items() if k not in tensors}, pipeline / WEIGHTS)
+    with pytest.raises(WeightsError, match=r"has an unknown tensor .*(query|key|value|proj_attn)"):
+        diffusers_task("both", pipeline, load_unlabelled, tmp_path / "assets")
+
+
+def test_a_pipeline_whose_files_lie_side_by_side_is_read(pipeline, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in [pipeline / "model_index.json", *pipeline.glob("*/*")]:
+        shutil.copy(path, flat)
+    assert_reads_as_the_library(flat, tmp_path / "assets", theirs=flat)
+    assert read_folder(flat).config == read_folder(pipeline).config
+
+
+def test_a_network_that_was_saved_alone_needs_to_be_told_its_scheduler(pipeline, tmp_path):
+    with pytest.raises(WeightsError, match=r"the noise that it was trained on is unknown; give scheduler="):
+        diffusers_task("alone", pipeline / "unet", load_unlabelled, tmp_path / "assets")
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=T).config
+    assert_reads_as_the_library(pipeline / "unet", tmp_path / "assets", theirs=pipeline / "unet", scheduler=scheduler)
+    assert read_folder(pipeline / "unet", scheduler=scheduler).config == read_folder(pipeline).config
+    shutil.copy(pipeline / "scheduler/scheduler_config.json", pipeline / "unet")
+    assert read_folder(pipeline / "unet").config == read_folder(pipeline).config
+
+
+def test_arguments_that_the_library_ignores_are_ignored_with_a_warning(pipeline, tmp_path):
+    before = read_folder(pipeline).config
+    edit(pipeline / "unet/config.json", decay=0.9999, colour="blue")
+    with pytest.warns(UserWarning, match=r"UNet2DModel has no colour, decay; ignored"):
+        assert read_folder(pipeline).config == before
+    with pytest.warns(UserWarning, match="ignored"):
+        assert_reads_as_the_library(pipeline, tmp_path / "assets")
+
+
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+@pytest.mark.parametrize("named", [True, False])
+def test_variants_are_read_as_floats_of_32_bits(pipeline, tmp_path, variant, named):
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[variant]
+    unet = diffusers.UNet2DModel.from_pretrained(pipeline / "unet")
+    (pipeline / WEIGHTS).unlink()
+    unet.to(dtype).save_pretrained(pipeline / "unet", variant=variant)
+    assert [path.name for path in (pipeline / "unet").glob("*.safetensors")] == [
+        f"diffusion_pytorch_model.{variant}.safetensors"
+    ]
+    expected = diffusers.UNet2DModel.from_pretrained(pipeline / "unet", variant=variant)
+    task = diffusers_task("v", pipeline, load_unlabelled, tmp_path / "a", variant=variant if named else None)
+    found = task.pretrained_model().unet.state_dict()
+    assert all(torch.equal(found[name], value.float()) for name, value in expected.state_dict().items())
+    assert {value.dtype for value in found.values()} == {torch.float32}
+
+
+def test_of_several_variants_one_must_be_named(pipeline, tmp_path):
+    unet = diffusers.UNet2DModel.from_pretrained(pipeline / "unet")
+    for variant in ("a", "b"):
+        unet.save_pretrained(pipeline / "unet", variant=variant)
+    assert_reads_as_the_library(pipeline, tmp_path / "plain")  # those without a variant
+    assert_reads_as_the_library(pipeline, tmp_path / "a", variant="a")
+    (pipeline / WEIGHTS).unlink()
+    with pytest.raises(SettingsError, match=r"several variants and none without; give variant= one of 'a', 'b'"):
+        diffusers_task("which", pipeline, load_unlabelled, tmp_path / "assets")
+    with pytest.raises(WeightsError, match=r"no weights at .*diffusion_pytorch_model\.c\.safetensors"):
+        diffusers_task("which", pipeline, load_unlabelled, tmp_path / "assets", variant="c")
+
+
+@pytest.fixture
+def sharded(pipeline) -> Path:
+    unet = diffusers.UNet2DModel.from_pretrained(pipeline / "unet")
+    (pipeline / WEIGHTS).unlink()
+    unet.save_pretrained(pipeline / "unet", max_shard_size="20KB")
+    assert len(list((pipeline / "unet").glob("*-of-*.safetensors"))) > 2
+    return pipeline
+
+
+def test_weights_in_several_files_are_read_as_the_library_reads_them(sharded, tmp_path):
+    assert_reads_as_the_library(sharded, tmp_path / "assets")
+    imported = json.loads((tmp_path / "assets/pretrained.json").read_text())["imported_from"]
+    assert len(imported) == len(list((sharded / "unet").glob("*-of-*.safetensors")))
+    unet = diffusers.UNet2DModel.from_pretrained(sharded / "unet").half()
+    shutil.rmtree(sharded / "unet")
+    unet.save_pretrained(sharded / "unet", max_shard_size="20KB", variant="fp16")
+    assert_reads_as_the_library(sharded, tmp_path / "half", variant="fp16")
+
+
+def test_damaged_indices_are_named(sharded, tmp_path):
+    path = next((sharded / "unet").glob("*.index.json"))
+    index = json.loads(path.read_text())
+    tensor, shard = next(iter(index["weight_map"].items()))
+    outside = sharded / "outside.safetensors"
+    shutil.copy(sharded / "unet" / shard, outside)
+    for weight_map, message in (
+        ({tensor: "../outside.safetensors"}, "names '../outside.safetensors', which is no safetensors file beside it"),
+        ({tensor: "weights.bin"}, "names 'weights.bin', which is no safetensors file beside it"),
+        ({tensor: "lost.safetensors"}, "there is no .*lost.safetensors; restore it"),
+        ({**index["weight_map"], "more": shard}, r"disagree on the tensor 'more' \(its files lack it\)"),
+        ({k: v for k, v in index["weight_map"].items() if k != tensor}, r"disagree on the tensor .* have it"),
+        ({}, "is no index of weights"),
+        ([1], "is no index of weights"),
+    ):
+        path.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(WeightsError, match=message) as caught:
+            diffusers_task("bad", sharded, load_unlabelled, tmp_path / "assets")
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "assets").exists()
+
+
 BAD = [
+    ("scheduler/scheduler_config.json", {"predict_epsilon": False}, "predict_epsilon=False and prediction_type='eps.*"),
+    ("scheduler/scheduler_config.json", {"predict_epsilon": "no"}, "predict_epsilon='no' must be true or false"),
     ("model_index.json", {"vae": ["diffusers", "AutoencoderKL"]}, "has a 'vae' besides its U-Net"),
     ("model_index.json", {"unet": ["pipeline", "MyUNet"]}, "is no class of diffusers, and code of others is not run"),
     ("unet/config.json", {"_class_name": "UNet3DConditionModel"}, "'UNet3DConditionModel' is not supported; it must"),
     ("unet/config.json", {"_class_name": ["x"]}, "is not supported; it must be UNet2DModel or"),
-    ("unet/config.json", {"colour": "blue"}, "cannot build the UNet2DModel .*'colour'.*mend it"),
     ("unet/config.json", {"block_out_channels": [8]}, "cannot build the UNet2DModel"),
     ("unet/config.json", {"norm_num_groups": 0}, "cannot build the UNet2DModel"),
     ("unet/config.json", {"time_embedding_type": "fourier"}, "time_embedding_type='fourier' is not supported; it must"),
@@ -475,6 +629,53 @@ def test_data_that_does_not_fit_is_named_before_a_run_begins(tmp_path, labels, l
     config = DiffusersConfig(unet=TINY | {"num_class_embeds": labels})
     with pytest.raises(DataError, match=message):
         load_data(diffusers_task("unfit", config, load, tmp_path))
+
+
+FRACTIONS = {"epsilon": [True, False], "v_prediction": [False, False], "sample": [False, False]}
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("embedding", ["positional", "learned"])
+def test_flow_likelihoods_are_those_of_the_data_whatever_the_network_predicts(prediction_type, embedding):
+    """A network that knows the optimal prediction for N(m, S²), at whole timesteps alone where it must be so."""
+    pytest.importorskip("torchdiffeq")
+    schedule = ScheduleConfig()
+    unet = TINY | {"time_embedding_type": embedding, "num_train_timesteps": 1000}
+    network = DiffusersConfig(unet=unet, prediction_type=prediction_type, schedule=schedule)()
+    fractional = FRACTIONS[prediction_type][embedding == "learned"]
+    assert network.fractional_timesteps == fractional
+    logs, mean, std = schedule.alphas_cumprod().double().log(), 0.3, 0.2
+
+    def optimal(x, timesteps, **_):
+        assert fractional or timesteps.dtype == torch.long
+        below = timesteps.long().clamp(max=998)
+        a = torch.lerp(logs[below], logs[below + 1], timesteps.double() - below).exp().view(-1, 1, 1, 1)
+        noise = (1 - a).sqrt() * (x - a.sqrt() * mean) / (a * std**2 + 1 - a)
+        x_0 = (a.sqrt() * std**2 * x + (1 - a) * mean) / (a * std**2 + 1 - a)
+        v = a.sqrt() * noise - (1 - a).sqrt() * x_0
+        return ({"epsilon": noise, "v_prediction": v, "sample": x_0}[prediction_type].float(),)
+
+    network.unet.forward = optimal
+    x = mean + std * torch.randn((20, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    nll = ode_nll(network, x, schedule.alphas_cumprod(), generator=torch.Generator().manual_seed(1), num_levels=None)
+    bits = -torch.distributions.Normal(mean, std).log_prob(x).flatten(1).mean(1) / math.log(2)
+    assert (nll - bits).mean().abs() < 2e-3
+    assert (nll - bits).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("embedding", ["positional", "learned"])
+def test_an_evaluation_has_the_likelihoods_of_every_kind_of_network(tmp_path, prediction_type, embedding):
+    from unlearn_gym.evaluation.judge import EvaluationSettings
+    from unlearn_gym.evaluation.metrics import Evaluator
+
+    unet = TINY | {"time_embedding_type": embedding, "num_train_timesteps": T}
+    folder = save_pipeline(tmp_path / "pipeline", unet, prediction_type=prediction_type)
+    task = diffusers_task("evaluated", folder, load_unlabelled, tmp_path / "assets")
+    settings = EvaluationSettings(8, 200, num_inference_steps=2, num_likelihood_samples=1)
+    result = Evaluator(task, load_data(task), settings).evaluate(task.pretrained_model())
+    names = {f"nll_{method}_{name}" for method in ("bound", "ode") for name in ("forget", "retain")}
+    assert names <= set(result.metrics)
 
 
 def test_the_page_of_the_documentation_runs_from_top_to_bottom(tmp_path, monkeypatch):

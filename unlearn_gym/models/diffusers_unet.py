@@ -90,7 +90,8 @@ class DiffusersNetwork(nn.Module):
     off, whatever the config says: it would draw from no seeded generator.
 
     ``channels`` is C, ``num_labels`` the number of labels (None for an unconditional network), and H and W must be
-    multiples of ``size_factor``. Raises :class:`SettingsError` for a config that cannot be built or served.
+    multiples of ``size_factor``. ``fractional_timesteps`` says whether timesteps may be fractions: tables of ᾱ and of
+    learned embeddings have no row for them. Raises :class:`SettingsError` for a config that cannot be built or served.
     """
 
     def __init__(self, config: DiffusersConfig) -> None:
@@ -110,6 +111,8 @@ class DiffusersNetwork(nn.Module):
         self.alphas_cumprod: Tensor | None
         alphas_cumprod = None if config.prediction_type == "epsilon" else config.schedule.alphas_cumprod()
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
+        learned_times = values.get("time_embedding_type") == "learned"
+        self.fractional_timesteps: bool = alphas_cumprod is None and not learned_times
 
     def forward(self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
         """Predict the noise in ``x_t``."""
@@ -133,20 +136,24 @@ class DiffusersNetwork(nn.Module):
         return embedded
 
 
-def _build_unet(config: DiffusersConfig) -> Any:
-    """The library's network, freshly initialised; raises :class:`SettingsError`."""
+def import_diffusers(what: str) -> Any:
+    """The library; raises :class:`SettingsError`, which says that ``what`` needs it."""
     try:
         import diffusers
     except ImportError:
-        raise SettingsError(
-            f"{config.architecture} needs diffusers; install it with: pip install 'unlearn_gym[diffusers]'"
-        ) from None
-    kind = getattr(diffusers, config.architecture)
+        raise SettingsError(f"{what} needs diffusers; install it with: pip install 'unlearn_gym[diffusers]'") from None
+    return diffusers
+
+
+def _build_unet(config: DiffusersConfig) -> Any:
+    """The library's network, freshly initialised; raises :class:`SettingsError`."""
+    library = import_diffusers(config.architecture)
+    kind = getattr(library, config.architecture)
     try:
         return kind(**{**config.unet, "dropout": 0.0})
     except Exception as error:  # whatever its constructors raise for values that came from a file
         raise SettingsError(
-            f"diffusers {diffusers.__version__} cannot build the {config.architecture} of this config "
+            f"diffusers {library.__version__} cannot build the {config.architecture} of this config "
             f"({error_line(error)}); mend it, or install the diffusers that wrote it"
         ) from None
 

@@ -32,10 +32,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Copy the weights at ``path`` into ``model``; raises :class:`WeightsError` and changes nothing
+    """Copy the weights at ``path`` into ``model``, see :func:`load_tensors`."""
+    load_tensors(model, read_tensors(path), path)
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Copy ``tensors``, which come from ``path``, into ``model``; raises :class:`WeightsError` and changes nothing
     when names or shapes differ or a value is not finite.
     """
-    tensors, expected = read_tensors(path), model.state_dict()
+    expected = model.state_dict()
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors or name not in expected:
             missing = "lacks" if name not in tensors else "has an unknown"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from unlearn_gym.errors import DataError, SettingsError, WeightsError
 from unlearn_gym.files import sha256, write_json
-from unlearn_gym.models.diffusers_folder import find_weights, read_config
+from unlearn_gym.models.diffusers_folder import Source, read_folder
 from unlearn_gym.models.diffusers_unet import DiffusersConfig, DiffusersNetwork
 from unlearn_gym.models.weights import load_weights, read_tensors, save_weights
 from unlearn_gym.tasks.data import TaskData
@@ -26,18 +26,25 @@ def diffusers_task(
     assets: Path | str,
     *,
     class_embedding: Path | str | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+    variant: str | None = None,
     **fields: Any,
 ) -> Task:
     """The task whose model is a network of diffusers; :func:`unlearn_gym.tasks.register_task` makes it known.
 
     Args:
         name: the task's.
-        source: a folder that ``DDPMPipeline.save_pretrained`` wrote, whose weights are copied to ``assets``; or a
-            config alone, to be trained from scratch with :func:`unlearn_gym.pretraining.pretrain` into ``assets``.
+        source: a folder that ``save_pretrained`` of a ``DDPMPipeline`` or of its U-Net wrote, whose weights are copied
+            to ``assets``; or a config alone, to be trained from scratch with
+            :func:`unlearn_gym.pretraining.pretrain` into ``assets``.
         load_data: the task's, see :class:`Task`. Images are ``(N, C, H, W)``, and have labels if the network has.
         assets: folder of the task's own weights and constants, not that of the pipeline.
         class_embedding: safetensors file with one tensor ``weight (num_classes, cross_attention_dim)``, the state of
             an ``nn.Embedding`` that was trained with a ``UNet2DConditionModel`` and fed its cross-attention.
+        scheduler: the config of the model's scheduler, as ``DDPMScheduler().config``, in place of the folder's: for
+            a folder that has none.
+        variant: which of a folder's weights, as in diffusers: ``"fp16"`` reads ``*.fp16.safetensors``. They become
+            32-bit floats.
         fields: the other fields of :class:`Task`, ``schedule`` apart, which is the model's.
 
     Weights are copied once, and again when those of the pipeline have changed: constants that were measured on the
@@ -49,13 +56,16 @@ def diffusers_task(
     if isinstance(source, DiffusersConfig):
         if class_embedding is not None:
             raise SettingsError("class_embedding goes with a folder; give the config num_classes instead")
+        if scheduler is not None or variant is not None:
+            raise SettingsError("scheduler and variant go with a folder; the config has schedule and prediction_type")
         config, network = source, _build(source)
         _check_manifest(config, assets)
     else:
         embedding = None if class_embedding is None else Path(class_embedding)
-        config = read_config(Path(source), None if embedding is None else _num_classes(embedding))
-        network = _build(config)
-        _import_weights(network, find_weights(Path(source)), embedding, assets)
+        num_classes = None if embedding is None else _num_classes(embedding)
+        read = read_folder(Path(source), num_classes, scheduler=scheduler, variant=variant)
+        config, network = read.config, _build(read.config)
+        _import_weights(network, read, embedding, assets, str(source))
     return Task(
         name=name,
         network=config,
@@ -116,12 +126,14 @@ def _num_classes(class_embedding: Path) -> int:
     return len(tensors["weight"])
 
 
-def _import_weights(network: DiffusersNetwork, weights: Path, embedding: Path | None, assets: Path) -> None:
+def _import_weights(
+    network: DiffusersNetwork, source: Source, embedding: Path | None, assets: Path, folder: str
+) -> None:
     """Make ``assets/pretrained.safetensors`` a checked copy of the pipeline's weights, unless it is that already."""
     target, manifest_path = assets / "pretrained.safetensors", assets / "pretrained.json"
     manifest = _read_manifest(manifest_path)
     new = {
-        "imported_from": [sha256(path) for path in (weights, embedding) if path is not None],
+        "imported_from": [sha256(path) for path in (*source.weights, embedding) if path is not None],
         "network": network.config.model_dump(mode="json"),
     }
     if target.is_file() and "imported_from" not in manifest:
@@ -130,13 +142,14 @@ def _import_weights(network: DiffusersNetwork, weights: Path, embedding: Path | 
     old = {name: manifest.get(name) for name in new}
     if target.is_file() and old == new and manifest.get("sha256") == sha256(target):
         return
-    load_weights(network.unet, weights)
+    source.load_into(network.unet)
     if embedding is not None and network.class_embedding is not None:
         load_weights(network.class_embedding, embedding)
     (assets / "constants.json").unlink(missing_ok=True)
     write_json(manifest_path, new)  # without a hash until the weights are whole: an interrupted import is made again
     save_weights(target, network.state_dict())
-    write_json(manifest_path, {**new, "folder": str(weights.parent.parent), "sha256": sha256(target)})
+    told = {"folder": folder, "scheduler": json.loads(json.dumps(source.scheduler, default=str))}
+    write_json(manifest_path, {**new, **told, "sha256": sha256(target)})
 
 
 def _check_manifest(config: DiffusersConfig, assets: Path) -> None:
