@@ -34,10 +34,10 @@ def enjoy(
     ] = None,
     seed: Annotated[int, help_(help="of the episode")] = 0,
     frame_every: Annotated[int, help_(help="updates between frames")] = 3,
-    out: Annotated[Path, help_(help="folder of episode.gif and lambda.csv")] = Path("runs/enjoy"),
+    out: Annotated[Path, help_(help="folder of episode.gif, lambda.csv and model.safetensors")] = Path("runs/enjoy"),
     trust: Trust = False,
 ) -> Episode:
-    """Run one episode of a policy; writes episode.gif (samples, λ and losses along the run) and lambda.csv."""
+    """Run one episode of a policy; writes episode.gif (samples, λ and losses along it), lambda.csv and the model."""
     if frame_every < 1:
         raise SettingsError(f"frame_every={frame_every} must be at least 1")
     if instance is not None and instances is None:
@@ -80,6 +80,8 @@ def enjoy(
     what = ", ".join(f"{k} {v}" for k, v in env.instance.as_info().items())
     print(f"{what}: return {episode.episode_return:.4g} in {len(env.history)} updates")
     print(f"{out / 'episode.gif'}: {len(frames)} frames; {out / 'lambda.csv'}: λ and all else that was measured")
+    if not episode.diverged:
+        print(f"{env.save(out / 'model.safetensors')}: the unlearned model, for 'unlearn-gym evaluate'")
     return episode
 
 

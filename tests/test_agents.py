@@ -38,6 +38,7 @@ from unlearn_gym.files import sha256
 from unlearn_gym.instances import load_instances
 from unlearn_gym.policies import make_policy
 from unlearn_gym.policies.registry import SHIPPED_AGENTS
+from unlearn_gym.tasks.saving import load_model
 
 from .conftest import TASKS
 from .test_policies import CONTEXT, OBS, info
@@ -150,6 +151,10 @@ def test_enjoy_leaves_a_gif_and_the_trace(tmp_path):
         assert gif.n_frames == 3
     rows = list(csv.DictReader((tmp_path / "lambda.csv").read_text().splitlines()))
     assert [float(row["lambda_"]) for row in rows] == pytest.approx([0.3] * 60)
+    env = SISSUnlearnEnv("gaussians-2d")
+    run_episode(env, make_policy("static:0.3", policy_context(env)), seed=0)
+    found, expected = load_model(tmp_path / "model.safetensors").state_dict(), env.run.model.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
     with pytest.raises(SettingsError, match="instance=99"):
         enjoy("static:0.3", instances="gaussians-2d/test", instance=99, out=tmp_path)
     with pytest.raises(SettingsError, match="instance=1 goes with"):

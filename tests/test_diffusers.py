@@ -36,6 +36,7 @@ from unlearn_gym.run import UnlearningRun
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.tasks import Task, TaskData, get_task, load_data, register_task
 from unlearn_gym.tasks.diffusers_pipeline import diffusers_task
+from unlearn_gym.tasks.saving import load_model, save_model
 
 from .test_run import plain_update
 
@@ -273,6 +274,84 @@ def test_a_comparison_runs_on_it(task, tmp_path):
     results = run_comparison(comparison, tmp_path)
     assert {cell["policy"] for cell in results.cells} == {"untouched", "oracle", "static:0.5"}
     assert results.values("static:0.5", "forget_loss")[0] > 0
+
+
+def unlearned(folder, assets, load=load_unlabelled, **options):
+    """An environment after a step on a task of ``folder``."""
+    task = diffusers_task(f"saved-{assets.name}-{assets.parent.name}", folder, load, assets, **options)
+    register_task(task)
+    env = gym.make("SISSUnlearn-v0", task=task.name, horizon=4, normalize_features=False, batch_size=4).unwrapped
+    env.reset(seed=0)
+    env.step([0.5])
+    return env
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_a_saved_network_is_a_pipeline_of_the_library_s(tmp_path, prediction_type):
+    arguments = TINY | {"num_class_embeds": 2, "dropout": 0.1}
+    said = {"prediction_type": prediction_type, "beta_schedule": "squaredcos_cap_v2", "clip_sample_range": 3.0}
+    folder = save_pipeline(tmp_path / "pipeline", arguments, **said)
+    env = unlearned(folder, tmp_path / "assets", load_labelled)
+    assert env.save(tmp_path / "unlearned") == tmp_path / "unlearned"
+    again = diffusers.DDPMPipeline.from_pretrained(tmp_path / "unlearned", use_safetensors=True)
+    state, live = again.unet.state_dict(), env.run.export().unet.state_dict()
+    assert state.keys() == live.keys()
+    assert all(torch.equal(state[name], live[name]) for name in state)
+    before = diffusers.DDPMScheduler.from_pretrained(folder / "scheduler").config
+    assert {k: v for k, v in again.scheduler.config.items() if k[0] != "_"} == {
+        k: v for k, v in before.items() if k[0] != "_"
+    }
+    assert again.unet.config.dropout == 0.1
+    task = diffusers_task("again", tmp_path / "unlearned", load_labelled, tmp_path / "again")
+    assert task.network == env.task.network
+    x, t = torch.randn((2, 1, 8, 8), generator=torch.Generator().manual_seed(0)), torch.tensor([3, 40])
+    labels = torch.tensor([0, 1])
+    with torch.no_grad():
+        torch.testing.assert_close(task.pretrained_model().eval()(x, t, labels), env.run.model(x, t, labels))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "assets", "pipeline", "unlearned"]
+    with pytest.raises(SettingsError, match="exists; name a new folder"):
+        env.save(tmp_path / "unlearned")
+    with pytest.raises(SettingsError, match="exists; name a new folder"):
+        env.save(folder / "model_index.json")
+    assert torch.equal(load_model(env.save(tmp_path / "one.safetensors"))(x, t, labels), env.run.export()(x, t, labels))
+
+
+def test_a_saved_network_takes_its_labels_along_and_says_by_today_s_name_what_it_predicts(tmp_path):
+    folder = save_pipeline(tmp_path / "pipeline", ATTENDING, "UNet2DConditionModel")
+    scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text()) | {"predict_epsilon": False}
+    del scheduler["prediction_type"]
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+    save_file(nn.Embedding(2, 8).state_dict(), tmp_path / "table.safetensors")
+    env = unlearned(folder, tmp_path / "assets", load_labelled, class_embedding=tmp_path / "table.safetensors")
+    saved = env.save(tmp_path / "unlearned")
+    assert diffusers.DDPMScheduler.from_pretrained(saved / "scheduler").config.prediction_type == "sample"
+    table = saved / "class_embedding.safetensors"
+    task = diffusers_task("taken", saved, load_labelled, tmp_path / "again", class_embedding=table)
+    assert task.network == env.task.network
+    found, live = task.pretrained_model().state_dict(), env.run.model.state_dict()
+    assert all(torch.equal(found[name], live[name]) for name in live)
+
+
+def test_a_network_that_was_trained_here_is_saved_with_a_scheduler(tmp_path):
+    config = DiffusersConfig(
+        unet=TINY | {"out_channels": 2}, learned_variance=True, prediction_type="v_prediction",
+        schedule=ScheduleConfig(num_train_timesteps=T, kind="scaled_linear", beta_end=0.3),
+    )  # fmt: skip
+    task = diffusers_task("of-ours", config, load_unlabelled, tmp_path / "assets")
+    save_model(task.build_model(), task, tmp_path / "saved")
+    found = read_folder(tmp_path / "saved").config
+    assert found.unet.items() >= config.unet.items()
+    assert found.model_copy(update={"unet": config.unet}) == config
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch, task):
+    def fail(*arguments, **options):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(diffusers.DDPMScheduler, "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_model(task.pretrained_model(), task, tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_unlearned_network_goes_back_into_its_pipeline(task, pipeline):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unlearn_gym import siss
 from unlearn_gym.errors import RunError
 from unlearn_gym.families import family_of
-from unlearn_gym.models.flat import FlatParameters, optimizer_state, restore_optimizer
+from unlearn_gym.models.flat import FlatParameters, detached_copy, optimizer_state, restore_optimizer
 from unlearn_gym.objectives import Context, Learner, OwnPasses, Passes, get_objective
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.step import (
@@ -362,6 +362,15 @@ class UnlearningRun:
         return forget, retain
 
     @insulated
+    @insulated
+    def export(self) -> nn.Module:
+        """A copy of the model as it is now: a module of its own, which later updates do not touch.
+
+        Parameters of ``model`` are views of one vector, which ``safetensors`` and ``huggingface_hub`` refuse to save;
+        those of the copy are contiguous tensors of their own, on the run's device, without gradients.
+        """
+        return detached_copy(self.model)
+
     def snapshot(self) -> Snapshot:
         """A copy of the run's state that later updates do not touch."""
         return Snapshot(

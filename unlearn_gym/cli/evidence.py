@@ -46,6 +46,7 @@ def compare(
     likelihood_samples: LikelihoodSamples = 0,
     inception_weights: InceptionWeights = None,
     option: OptionTexts = (),
+    save_models: Annotated[bool, tyro.conf.arg(help="keep every run's model as OUT/models/*.safetensors")] = False,
     data_root: DataRoot = None,
     download: bool = False,
     trust: Trust = False,
@@ -68,10 +69,14 @@ def compare(
         data_root=None if root is None else str(root.resolve()),
         trust=trust,
     )
-    results = run_comparison(comparison, out, jobs=jobs, engine=engine, command=invocation(), progress=cell_bar())
+    results = run_comparison(
+        comparison, out, jobs=jobs, engine=engine, command=invocation(), progress=cell_bar(), save_models=save_models
+    )
     path = write_report(results, out)
     _print_tables(results)
     print(f"report: {path}\npictures: {out}/*.png\nraw values: {out}/results.json\ncurves: tensorboard --logdir {out}")
+    if save_models:
+        print(f"models: {out}/models/*.safetensors")
 
 
 def report(
@@ -125,7 +130,9 @@ def experiment(
 
 def evaluate(
     weights: Annotated[str, tyro.conf.Positional],
-    task: str = "mnist-trousers",
+    task: Annotated[
+        str | None, tyro.conf.arg(help="default: the file's own, where it says so, or mnist-trousers")
+    ] = None,
     forget_samples: ForgetSamples = 1000,
     quality_samples: QualitySamples = 1000,
     likelihood_samples: LikelihoodSamples = 0,
@@ -138,19 +145,22 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
+    from unlearn_gym.envs.siss_unlearn import DEFAULT_TASK
     from unlearn_gym.evaluation.catalogue import METRICS
     from unlearn_gym.evaluation.cell import final_model
     from unlearn_gym.evaluation.metrics import Evaluator
     from unlearn_gym.files import write_json
     from unlearn_gym.tasks import get_task, load_data
+    from unlearn_gym.tasks.saving import read_header
 
     set_threads(threads)
-    chosen = get_task(task)
+    header = read_header(weights) if task is None and weights.endswith(".safetensors") else None
+    chosen = get_task(task or (header.task if header else DEFAULT_TASK))
     settings = _evaluation(forget_samples, quality_samples, likelihood_samples, inception_weights)
     settings.validate()
     model = final_model(chosen, weights)
     result = Evaluator(chosen, load_data(chosen, data_root), settings).evaluate(model)
-    table = Table("metric", "value", "better", "what it is", title=f"{weights} of {task}")
+    table = Table("metric", "value", "better", "what it is", title=f"{weights} of {chosen.name}")
     for m in METRICS:
         if m.name in result.metrics:
             table.add_row(m.name, m.form(result.metrics[m.name]), m.better, m.meaning)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -21,6 +22,7 @@ from unlearn_gym.run import Snapshot, UnlearningRun
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.step import FEATURES, StepTerms
 from unlearn_gym.tasks import Task, TaskData, get_task, load_data
+from unlearn_gym.tasks.saving import save_model
 from unlearn_gym.torch_state import insulated
 
 ACTION_TOLERANCE = 1e-6
@@ -297,6 +299,14 @@ standard deviation there; F = 64 for MNIST, 2 for points, 0 without a classifier
         """Use start weights and data of another environment of the same task, in place of copies of one's own."""
         self._start = replace(self._start, vector=start_vector)
         self.run.data = data
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the model as it is now to ``path``, see :func:`unlearn_gym.tasks.saving.save_model`; returns the path.
+
+        ``env.unwrapped.save("unlearned.safetensors")`` writes one file, which ``unlearn-gym evaluate`` and
+        :func:`unlearn_gym.tasks.saving.load_model` read. The episode goes on as if nothing had been written.
+        """
+        return save_model(self.run.model, self.task, path)
 
     def _observe(self, terms: StepTerms) -> None:
         """Keep the features that the next observation shows."""

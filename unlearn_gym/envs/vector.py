@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -238,6 +239,17 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
     def render(self) -> tuple[Any, ...]:
         """A frame of every environment, see :meth:`SISSUnlearnEnv.render`."""
         return self.call("render")
+
+    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write every environment's model to ``folder/env-I.safetensors``, see :meth:`SISSUnlearnEnv.save`.
+
+        Where an episode has ended, that is before the autoreset; with ``"SameStep"`` the next one has begun.
+        """
+        self._check_open()
+        paths = [Path(folder).absolute() / f"env-{i}.safetensors" for i in range(self.num_envs)]
+        for i, path in enumerate(paths):
+            self.envs.call("save", (path,), {}, [i])
+        return paths
 
     def _check_open(self) -> None:
         if self.closed:

@@ -23,6 +23,7 @@ from unlearn_gym.evaluation.metrics import Evaluation, Evaluator
 from unlearn_gym.models.weights import load_weights
 from unlearn_gym.policies import make_policy
 from unlearn_gym.tasks import Task, get_task, load_data, to_model_range
+from unlearn_gym.tasks.saving import model_bytes
 from unlearn_gym.torch_state import insulated
 
 UNTOUCHED, ORACLE, FINETUNE = "untouched", "oracle", "finetune"
@@ -76,12 +77,14 @@ def run_cell(
     keep_samples: bool,
     spec: str | None = None,
     trust: bool = False,
+    keep_model: bool = False,
 ) -> dict[str, Any]:
     """Trace, probes, return, times and metrics as JSON knows them; a run that diverged has no metrics.
 
     ``policy`` is what the policy is called, ``spec`` what it is (None: the same).
 
-    A model whose losses or samples are not finite after the last update counts as diverged too.
+    A model whose losses or samples are not finite after the last update counts as diverged too. With ``keep_model``
+    the bytes of a safetensors file are under ``"model"``, but for a run that diverged.
     """
     cell: dict[str, Any] = {"policy": policy, "seed": seed}
     if policy in REFERENCES:
@@ -102,7 +105,8 @@ def run_cell(
     cell["evaluation_seconds"] = time.perf_counter() - started
     if keep_samples:
         cell["pictures"] = _pictures(result)
-    return finite_or_none(cell)
+    kept = {"model": model_bytes(model, get_task(task))} if keep_model and not cell["diverged"] else {}
+    return {**finite_or_none(cell), **kept}
 
 
 def _pictures(result: Evaluation) -> dict[str, Any]:

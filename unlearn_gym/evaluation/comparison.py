@@ -176,13 +176,15 @@ def run_comparison(
     engine: str = "joblib",
     command: str = "",
     progress: CellProgress | None = None,
+    save_models: bool = False,
 ) -> Results:
     """Run every cell that neither ``store`` nor ``out`` holds yet, in ``jobs`` processes; writes ``results.json``.
 
     ``engine``: see :func:`unlearn_gym.engines.run_calls`. Every finished cell is a file of its own in ``store``
     (default: ``out/cells``), so an interrupted comparison continues where it stopped, and cells of a ``results.json``
-    that another comparison left there are kept. ``progress(cell, done, total)`` is called for every cell, and first
-    with None.
+    that another comparison left there are kept. With ``save_models`` every cell's model is a safetensors file of its
+    own in ``out/models``, but for runs that diverged. ``progress(cell, done, total)`` is called for every cell, and
+    first with None.
     """
     if jobs < 1:
         raise SettingsError(f"jobs={jobs} must be at least 1")
@@ -192,6 +194,9 @@ def run_comparison(
     cells, keys = comparison.cells(), comparison.cell_keys()
     stored = {name: store.read(*name, keys[name[0]]) for name in cells}
     found = {n: c for n, c in stored.items() if c is not None and ("pictures" in c or not comparison.keeps(n[1]))}
+    if save_models:
+        saved = {n: store.model_path(*n, keys[n[0]]).is_file() for n in found}
+        found = {n: cell for n, cell in found.items() if saved[n] or cell["diverged"]}
     comparison.try_policies(dict.fromkeys(policy for policy, seed in cells if (policy, seed) not in found))
     out.mkdir(parents=True, exist_ok=True)
     report = progress or (lambda cell, done, total: None)
@@ -200,10 +205,13 @@ def run_comparison(
         report(cell, done, len(cells))
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
     task = get_task(comparison.task)
-    calls = [(task, comparison, *name, keys[name[0]], threads) for name in cells if name not in found]
+    calls = [(task, comparison, *name, keys[name[0]], threads, save_models) for name in cells if name not in found]
     with contextlib.closing(run_calls(engine, _run_keyed, calls, jobs, _cell_name)) as ran:
         for cell in ran:
             found[cell["policy"], cell["seed"]] = cell
+            model = cell.pop("model", None)
+            if model is not None:
+                store.write_model(cell, model)
             write_curves(out / "tensorboard" / store.path(cell["policy"], cell["seed"], cell["key"]).stem, cell)
             store.write(cell)
             report(cell, len(found), len(cells))
@@ -231,7 +239,7 @@ def finished_cells(out: Path) -> list[dict[str, Any]]:
 
 
 def _run_keyed(
-    task: Task, comparison: Comparison, policy: str, seed: int, key: str, threads: int | None
+    task: Task, comparison: Comparison, policy: str, seed: int, key: str, threads: int | None, save_model: bool
 ) -> dict[str, Any]:
     """Run a cell, perhaps in a process that knows no task of the user's yet."""
     if threads is not None:
@@ -241,7 +249,7 @@ def _run_keyed(
     c = comparison
     cell = run_cell(
         c.task, policy, seed, c.options, c.evaluation, c.data_root,
-        keep_samples=c.keeps(seed), spec=c.spec(policy), trust=c.trust,
+        keep_samples=c.keeps(seed), spec=c.spec(policy), trust=c.trust, keep_model=save_model,
     )  # fmt: skip
     return cell | {"key": key, "threads": torch.get_num_threads()}
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from unlearn_gym.files import write_json
+from unlearn_gym.files import write_bytes, write_json
 
 Cell = dict[str, Any]
 
@@ -31,6 +31,10 @@ class CellStore:
         digest = hashlib.sha256(f"{policy} {key}".encode()).hexdigest()[:8]
         return self.folder / f"{slug}-{digest}-seed{seed}.json"
 
+    def model_path(self, policy: str, seed: int, key: str) -> Path:
+        """Where the cell's model is or will be: in ``models``, beside the cells' folder."""
+        return self.folder.with_name("models") / f"{self.path(policy, seed, key).stem}.safetensors"
+
     def read(self, policy: str, seed: int, key: str) -> Cell | None:
         """The cell, if it is there and whole."""
         if (policy, seed, key) in self._known:
@@ -40,6 +44,10 @@ class CellStore:
         except (OSError, ValueError):
             return None
         return cell if cell.get("key") == key else None
+
+    def write_model(self, cell: Cell, content: bytes) -> None:
+        """Keep the safetensors file of a finished cell's model."""
+        write_bytes(self.model_path(cell["policy"], cell["seed"], cell["key"]), content)
 
     def write(self, cell: Cell) -> None:
         """Keep a finished cell."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import secrets
+import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,12 +22,20 @@ from torch import Tensor, nn
 
 from unlearn_gym.diffusion import ScheduleConfig, ScheduleKind
 from unlearn_gym.errors import SettingsError, WeightsError
-from unlearn_gym.models.diffusers_unet import ARCHITECTURES, PREDICTION_TYPES, DiffusersConfig, import_diffusers
-from unlearn_gym.models.weights import load_tensors, read_tensors
+from unlearn_gym.models.diffusers_unet import (
+    ARCHITECTURES,
+    PREDICTION_TYPES,
+    DiffusersConfig,
+    DiffusersNetwork,
+    import_diffusers,
+)
+from unlearn_gym.models.flat import detached_copy
+from unlearn_gym.models.weights import load_tensors, read_tensors, save_weights
 from unlearn_gym.settings import describe_validation_error
 
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 STEM = "diffusion_pytorch_model"
+CLASS_EMBEDDING = "class_embedding.safetensors"
 WEIGHTS = f"unet/{STEM}.safetensors"
 """Where a pipeline that is saved today has its weights."""
 SCHEDULES: dict[str, ScheduleKind] = {
@@ -110,6 +120,36 @@ def read_folder(
         raise SettingsError(f"{where}: {describe_validation_error(error)}; {SAVE}") from None
     weights, shards = find_weights(where.parent, variant)
     return Source(config, weights, values, shards)
+
+
+def save_pipeline(network: DiffusersNetwork, folder: Path, scheduler: Mapping[str, Any]) -> None:
+    """Write a copy of ``network`` to a new ``folder`` as ``DDPMPipeline.save_pretrained`` does, whole or not at all.
+
+    ``scheduler`` is the config of the scheduler that the network came with: its class and what it says of sampling are
+    kept, and what it says of training is the network's own; without one it is a DDPMScheduler.
+    Raises :class:`SettingsError` for a folder that exists and is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SettingsError(f"{folder} exists; name a new folder, or one file that ends with .safetensors")
+    config, library = network.config, import_diffusers(network.config.architecture)
+    copied = detached_copy(network).cpu()
+    assert isinstance(copied, DiffusersNetwork)
+    if "dropout" in config.unet:
+        copied.unet.register_to_config(dropout=config.unet["dropout"])
+    beta_schedule = next(name for name, kind in SCHEDULES.items() if kind == config.schedule.kind)
+    said = {"variance_type": "learned_range"} if config.learned_variance else {}
+    trained = {"beta_schedule": beta_schedule, "prediction_type": config.prediction_type}
+    values = {**said, **scheduler, **config.schedule.model_dump(exclude={"kind"}), **trained}
+    values = {name: value for name, value in values.items() if name not in ("_class_name", "predict_epsilon")}
+    kind = getattr(library, scheduler.get("_class_name") or SCHEDULERS[0])
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.partial")
+    try:
+        library.DDPMPipeline(copied.unet, kind.from_config(values)).save_pretrained(partial)
+        if copied.class_embedding is not None:
+            save_weights(partial / CLASS_EMBEDDING, copied.class_embedding.state_dict())
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def find_weights(folder: Path, variant: str | None = None) -> tuple[tuple[Path, ...], Path | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -67,3 +69,15 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, vector: nn.Parameter, st
     optimizer.state.pop(vector, None)
     if state:
         optimizer.state[vector] = {k: v.clone() for k, v in state.items()}
+
+
+@torch.no_grad()
+def detached_copy(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` whose parameters and buffers are contiguous tensors of their own, not views, without
+    gradients: what every other library can save, copy and train.
+    """
+    copied = copy.deepcopy(model)
+    for tensor in (*copied.parameters(), *copied.buffers()):
+        tensor.data = tensor.detach().clone(memory_format=torch.contiguous_format)
+        tensor.grad = None
+    return copied

@@ -7,18 +7,21 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from unlearn_gym.errors import WeightsError
+from unlearn_gym.files import write_bytes
 
 
-def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def serialize(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """A safetensors file of ``tensors``, wherever they are and whatever strides they have."""
+    return save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)
+
+
+def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write ``tensors`` to ``path``; a reader never sees a half-written file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial)
-    partial.replace(path)
+    write_bytes(path, serialize(tensors, metadata))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -131,7 +131,7 @@ def _import_weights(
 ) -> None:
     """Make ``assets/pretrained.safetensors`` a checked copy of the pipeline's weights, unless it is that already."""
     target, manifest_path = assets / "pretrained.safetensors", assets / "pretrained.json"
-    manifest = _read_manifest(manifest_path)
+    manifest = read_manifest(manifest_path)
     new = {
         "imported_from": [sha256(path) for path in (*source.weights, embedding) if path is not None],
         "network": network.config.model_dump(mode="json"),
@@ -155,11 +155,12 @@ def _import_weights(
 def _check_manifest(config: DiffusersConfig, assets: Path) -> None:
     """Raise :class:`WeightsError` for weights in ``assets`` of another network, prediction type or schedule."""
     wanted = config.model_dump(mode="json")
-    if _read_manifest(assets / "pretrained.json").get("network", wanted) != wanted:
+    if read_manifest(assets / "pretrained.json").get("network", wanted) != wanted:
         raise WeightsError(f"{assets} holds the weights of another network; choose another folder for assets")
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What stands beside imported or trained weights; empty where nothing does. Raises :class:`WeightsError`."""
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:

@@ -1,0 +1,219 @@
+"""Unlearned models outlive their run: copies that others can save, files that say what they are."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import gymnasium as gym
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model as load_safetensors
+from safetensors.torch import save_model as save_safetensors
+
+import unlearn_gym  # noqa: F401
+from unlearn_gym.cli import COMMANDS
+from unlearn_gym.envs import SISSUnlearnEnv
+from unlearn_gym.errors import SettingsError, TaskError, WeightsError
+from unlearn_gym.evaluation.cell import final_model
+from unlearn_gym.evaluation.comparison import Comparison, run_comparison
+from unlearn_gym.evaluation.judge import EvaluationSettings
+from unlearn_gym.models import MLPConfig
+from unlearn_gym.tasks import get_task
+from unlearn_gym.tasks.saving import load_model, read_header, save_model
+
+KINDS = ("gaussians-2d", "mnist-digits", "sfd-mnist-digits", "vae-mnist-trousers")
+
+
+def after_a_step(task="gaussians-2d", **options) -> SISSUnlearnEnv:
+    env = SISSUnlearnEnv(task, horizon=4, **options)
+    env.reset(seed=0)
+    env.step(0.5)
+    return env
+
+
+def equal(model, other):
+    ours, theirs = model.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_every_library_saves_an_export_and_reads_it_back_to_the_bit(task, tmp_path):
+    run = after_a_step(task).run
+    exported = run.export()
+    assert type(exported) is type(run.model)
+    assert equal(exported, run.model)
+    save_safetensors(exported, str(tmp_path / "a.safetensors"))
+    save_file(exported.state_dict(), tmp_path / "b.safetensors")
+    (tmp_path / "c").mkdir()
+    pytest.importorskip("huggingface_hub").save_torch_model(exported, tmp_path / "c")
+    for path in (tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "c" / "model.safetensors"):
+        other = get_task(task).build_model()
+        load_safetensors(other, path)
+        assert equal(other, run.model)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_an_export_and_its_run_are_two(mode):
+    run = after_a_step().run
+    with mode():
+        exported = run.export()
+    before = copy.deepcopy(exported.state_dict())
+    storages = {tensor.untyped_storage().data_ptr() for tensor in exported.parameters()}
+    assert len(storages) == len(list(exported.parameters()))
+    assert all(
+        tensor.is_contiguous() and tensor.requires_grad and tensor.grad is None for tensor in exported.parameters()
+    )
+    run.update(0.5)
+    assert all(torch.equal(exported.state_dict()[name], value) for name, value in before.items())
+    vector = run.flat.vector.detach().clone()
+    exported(torch.zeros(3, 2), torch.tensor([0, 1, 2])).sum().backward()
+    torch.optim.SGD(exported.parameters(), lr=1.0).step()
+    assert not torch.equal(next(iter(exported.parameters())), next(iter(before.values())))
+    assert torch.equal(run.flat.vector, vector)
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_a_saved_model_is_read_back_to_the_bit_by_its_file_alone(task, tmp_path):
+    env = after_a_step(task)
+    path = env.save(tmp_path / "new" / "model.safetensors")
+    assert path == tmp_path / "new" / "model.safetensors"
+    assert [found.name for found in path.parent.iterdir()] == ["model.safetensors"]
+    for model in (load_model(path), load_model(path, task), load_model(str(path), get_task(task))):
+        assert equal(model, env.run.model)
+    assert equal(final_model(get_task(task), str(path)), env.run.model)
+    header = read_header(path)
+    assert header.task == task
+    assert header.schedule == get_task(task).schedule
+
+
+def test_saving_does_not_disturb_the_run(tmp_path):
+    vectors = []
+    for save in (True, False):
+        env = SISSUnlearnEnv("gaussians-2d", horizon=4)
+        env.reset(seed=0)
+        for _ in range(4):
+            env.step(0.5)
+            if save:
+                env.save(tmp_path / "model.safetensors")
+                env.run.export()
+        vectors.append(env.run.flat.vector.detach().clone())
+    assert torch.equal(*vectors)
+
+
+def test_a_model_of_a_task_that_is_gone_is_read_by_its_config(tmp_path, monkeypatch):
+    from unlearn_gym.tasks import registry
+
+    task = get_task("gaussians-2d")
+    path = save_model(task.pretrained_model(), task, tmp_path / "model.safetensors")
+    monkeypatch.setattr(registry, "_TASKS", {})
+    monkeypatch.setattr(registry, "_FAMILIES", {})
+    assert read_header(path).network == MLPConfig()
+    assert equal(load_model(path), task.pretrained_model())
+
+
+def test_a_model_of_a_network_without_a_config_needs_its_task(tmp_path):
+    task = get_task("gaussians-2d")
+    import dataclasses
+
+    own = dataclasses.replace(task, name="of-my-own", network=task.build_model)
+    path = save_model(own.pretrained_model(), own, tmp_path / "model.safetensors")
+    assert read_header(path).network is None
+    with pytest.raises(TaskError, match="unknown task 'of-my-own'"):
+        load_model(path)
+    assert equal(load_model(path, own), task.pretrained_model())
+
+
+def test_files_that_are_no_saved_models_are_named(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(WeightsError, match=r"no weights at .*make them with save\(path\)"):
+        load_model(path)
+    path.write_bytes(b"damaged")
+    with pytest.raises(WeightsError, match="not a readable safetensors file"):
+        load_model(path)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(WeightsError, match="does not say what network it is of; give task="):
+        load_model(path)
+    for text in ("{", '{"task": "gaussians-2d"}', "[1]", '{"task": "a", "schedule": {}, "more": 1}'):
+        save_file({"a": torch.zeros(1)}, path, metadata={"unlearn_gym": text})
+        with pytest.raises(WeightsError, match="save the model again") as caught:
+            load_model(path)
+        assert "\n" not in str(caught.value)
+    after_a_step().save(path)
+    with pytest.raises(WeightsError, match="made for another network"):
+        load_model(path, "mnist-digits")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("model", "must end with .safetensors"),
+        ("model.bin", "must end with .safetensors"),
+        (3, "path=3 must be a path"),
+    ],
+)
+def test_paths_that_nothing_can_be_written_to_are_named(path, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError, match=message):
+        after_a_step().save(path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("backend", ["serial", "stacked", "processes"])
+def test_the_models_of_a_vector_environment_are_those_of_single_ones(backend, tmp_path):
+    vector = gym.make_vec("SISSUnlearn-v0", num_envs=2, task="gaussians-2d", horizon=4, backend=backend)
+    vector.reset(seed=0)
+    vector.step([[0.5], [0.3]])
+    paths = vector.save(tmp_path)
+    vector.close()
+    assert [path.name for path in paths] == ["env-0.safetensors", "env-1.safetensors"]
+    single = after_a_step().run.model.state_dict()
+    for name, value in load_model(paths[0]).state_dict().items():
+        torch.testing.assert_close(value, single[name])
+    assert not equal(load_model(paths[0]), load_model(paths[1]))
+
+
+def small(policies=("static:0.5",), **options) -> Comparison:
+    return Comparison("gaussians-2d", policies, (0, 1), {"horizon": 3, **options}, EvaluationSettings(200, 200))
+
+
+def test_a_comparison_keeps_one_model_a_cell(tmp_path):
+    results = run_comparison(small(), tmp_path, save_models=True)
+    paths = sorted((tmp_path / "models").iterdir())
+    assert {path.suffix for path in paths} == {".safetensors"}
+    assert [path.stem for path in paths] == sorted(path.stem for path in (tmp_path / "cells").iterdir())
+    assert all("model" not in cell for cell in results.cells)
+    env = SISSUnlearnEnv("gaussians-2d", horizon=3)
+    env.reset(seed=1)
+    for _ in range(3):
+        env.step(0.5)
+    static = next(path for path in paths if path.name.startswith("static") and "seed1" in path.name)
+    assert equal(load_model(static), env.run.model)
+    assert equal(load_model(next(path for path in paths if path.stem.startswith("oracle"))), env.task.oracle_model())
+
+    written = {path: path.stat().st_mtime_ns for path in paths}
+    lost = paths[-1]
+    lost.unlink()
+    run_comparison(small(), tmp_path, save_models=True)
+    assert lost.is_file()
+    assert all(path.stat().st_mtime_ns == when for path, when in written.items() if path != lost)
+
+
+def test_a_run_that_diverged_keeps_no_model_and_is_not_run_again_for_it(tmp_path):
+    diverging = small(learning_rate=1e30, max_grad_norm=None)
+    results = run_comparison(diverging, tmp_path, save_models=True)
+    assert all(cell["diverged"] for cell in results.cells if cell["policy"] == "static:0.5")
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*")}
+    assert run_comparison(diverging, tmp_path, save_models=True).cells == results.cells
+    assert written == {path: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*")}
+    assert not list((tmp_path / "models").glob("static*"))
+    assert list((tmp_path / "models").glob("untouched*"))
+
+
+def test_the_command_evaluates_a_saved_model_on_its_own_task(tmp_path, capsys):
+    path = after_a_step("gaussians-2d:2,5", normalize_features=False).save(tmp_path / "model.safetensors")
+    COMMANDS["evaluate"](str(path), forget_samples=200, quality_samples=200, out=tmp_path / "figures.json")
+    assert "gaussians-2d:2,5" in capsys.readouterr().out
+    assert json.loads((tmp_path / "figures.json").read_text())["metrics"]["forget_loss"] > 0
+    assert set(load_file(path)) == set(get_task("gaussians-2d").build_model().state_dict())
