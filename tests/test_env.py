@@ -122,6 +122,46 @@ def test_observation_holds_what_design_says():
     assert raw_obs[0] == pytest.approx(info["terms"]["retain_loss"], rel=1e-6)
 
 
+ENTRIES = ("retain_loss", "forget_loss", "retain_grad_norm", "forget_grad_norm")
+
+
+def test_every_measured_entry_stands_at_its_own_index():
+    """Raw: the term itself; normalised: exp of the entry times the constant of its own name and side's factor."""
+    raw, normalised = make(normalize_features=False), make()
+    task, run = get_task("gaussians-2d"), normalised.unwrapped.run
+    unit = {"retain": run.retain_coef, "forget": run.forget_coef}
+    scale = [getattr(task.constants, name) * unit[name.split("_")[0]] for name in ENTRIES]
+    shown = [env.reset(seed=3) for env in (raw, normalised)]
+    for lambda_ in (0.3, 0.8, None):
+        for (obs, info), factor in zip(shown, (None, scale), strict=True):
+            terms = [info["terms"][name] for name in ENTRIES]
+            assert len(set(terms)) == 4
+            found = obs[:4] if factor is None else np.exp(obs[:4].astype(float)) * factor
+            np.testing.assert_allclose(found, terms, rtol=1e-4)
+        if lambda_ is not None:
+            shown = [(lambda rows: (rows[0], rows[4]))(env.step(lambda_)) for env in (raw, normalised)]
+
+
+def test_fresh_entries_are_losses_and_gradient_norms_of_each_sides_own_data():
+    env = make(normalize_features=False, features="fresh").unwrapped
+    env.reset(seed=3)
+    run = env.run
+    for lambda_ in (0.2, 0.9):
+        twin = torch.Generator()
+        twin.set_state(run.measure_generator.get_state())
+        obs = env.step(lambda_)[0]
+        batch, losses, norms = run.draw(twin), [], []
+        a = run.alphas_cumprod[batch.timesteps][:, None]
+        for x, factor in ((batch.retain, run.retain_coef), (batch.forget, run.forget_coef)):
+            x_t = a.sqrt() * x + (1 - a).sqrt() * batch.noise
+            loss = factor * (run.model(x_t, batch.timesteps, None) - batch.noise).square().mean()
+            gradient = torch.autograd.grad(loss, list(run.model.parameters()))
+            losses.append(loss.item())
+            norms.append(torch.cat([g.flatten() for g in gradient]).norm().item())
+        np.testing.assert_allclose(obs[:4], [*losses, *norms], rtol=1e-3)
+        assert obs[4] == np.float32(lambda_)
+
+
 def test_the_horizon_terminates_and_a_step_beyond_it_is_refused():
     env = make(horizon=3).unwrapped
     env.reset(seed=0)
@@ -188,6 +228,30 @@ def test_potential_rewards_telescope_to_the_potential():
     cap = env.task.constants.unseen_forget_loss
     expected = (min(forget, cap) - f0) / (cap - f0) - 10.0 * max(0.0, retain / r0 - 1.0)
     assert total == pytest.approx(expected, abs=1e-6)
+
+
+def potential_of(forget: float, retain: float, **options) -> float:
+    """What an episode of one step pays whose probe losses end at these multiples of the cap and of their start."""
+    env = make(reward="potential", smoothness_coef=0.0, **options).unwrapped
+    env.reset(seed=0)
+    _, r0 = env._start_potential
+    env.run.probe_losses = lambda: (forget * env.task.constants.unseen_forget_loss, retain * r0)
+    return env.step(0.5)[1]
+
+
+def test_what_is_forgotten_beyond_the_cap_pays_nothing_more():
+    assert potential_of(1.0, 1.0) == pytest.approx(1.0)
+    for forget in (1.01, 2.0, 1e6):
+        assert potential_of(forget, 1.0) == pytest.approx(1.0)
+    assert potential_of(0.9, 1.0) < 1.0
+
+
+def test_damage_costs_its_share_of_the_start_and_repair_pays_nothing():
+    for retain in (1.01, 1.5, 3.0):
+        assert potential_of(1.0, retain) == pytest.approx(1 - 10 * (retain - 1))
+        assert potential_of(1.0, retain, potential_retain_coef=2.0) == pytest.approx(1 - 2 * (retain - 1))
+    for retain in (0.99, 0.5, 0.0):
+        assert potential_of(1.0, retain) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("action", [0.05, 0.95, float("nan"), [0.5, 0.5], [[0.5]], [], "high"])

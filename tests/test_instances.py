@@ -127,6 +127,7 @@ def test_shipped_sets_are_built_from_their_ranges_and_share_no_task(name, tmp_pa
         ),
         ({"instance": {"horizon": 5}}, SettingsError, "task is missing"),
         ({"instance": {"task": "gaussians-2d", "num_forget": 10**6}}, SettingsError, "num_forget=1000000, but"),
+        ({"instance": {"task": "gaussians-2d", "forget_seed": 2**32}}, SettingsError, "forget_seed=4294967296"),
         ({"instance": 3}, SettingsError, "instance=3: this environment has a set of 3"),
         ({"instance": "gaussian-2d"}, TaskError, "did you mean 'gaussians-2d'"),
         ({"instance": 3.5}, SettingsError, "instance 3.5"),

@@ -401,6 +401,19 @@ def test_evaluation_is_deterministic_and_ranks_the_oracle_before_the_untouched_m
     assert np.mean(untouched.profile) == pytest.approx(before["forget_loss"], rel=1e-5)
 
 
+def test_the_oracle_and_the_models_and_both_sets_of_samples_come_from_noises_of_their_own():
+    """Else the oracle's own row would show no distance at all, and a model near it less than that of two draws."""
+    task = get_task("gaussians-2d")
+    evaluator = Evaluator(task, load_data(task), EvaluationSettings(200, 200))
+    oracle = task.oracle_model()
+    result = evaluator.evaluate(oracle)
+    sets = [evaluator.oracle_samples.samples, result.forget_samples, result.quality_samples]
+    everything = torch.cat([samples[:200] for samples in sets])
+    assert len(everything.unique(dim=0)) == len(everything) == 600
+    assert result.metrics["oracle_fid"] > 1e-4
+    assert result.metrics["oracle_kid"] != 0.0
+
+
 def test_the_closed_form_optimum_has_no_error_and_no_model_a_lower_loss():
     """The optimum of the retain-only mixture predicts noise at least as well as anything, its own oracle included."""
     task = get_task("gaussians-2d:0,4")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unlearn_gym import siss
 from unlearn_gym.errors import RunError, SettingsError
 from unlearn_gym.models.flat import FlatParameters
+from unlearn_gym.run import UnlearningRun
 from unlearn_gym.siss import dataset_factors
 from unlearn_gym.step import inner_product, mix, unpack
 
@@ -241,6 +243,20 @@ def test_update_batches_do_not_depend_on_lambda_or_on_measurements(make_run):
     assert torch.equal(a.timesteps, b.timesteps)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1])
+def test_the_two_streams_of_a_run_share_nothing_and_both_come_from_the_seed(make_run, seed):
+    """A measurement must not tell of the next update's batch. (torch's CPU generator reads 32 bits of a seed.)"""
+    run, twin, other = make_run(seed=seed), make_run(seed=seed), make_run(seed=seed ^ 1)
+    streams = [[each.draw(each.generator) for _ in range(3)] for each in (run, twin, other)]
+    measured = [[each.draw(each.measure_generator) for _ in range(3)] for each in (run, twin, other)]
+    for batches in (streams, measured):
+        for a, b in zip(batches[0], batches[1], strict=True):
+            assert torch.equal(a.noise, b.noise)
+    drawn = [batch.noise for batches in (streams[0], streams[2], measured[0], measured[2]) for batch in batches]
+    rows = torch.cat([noise.flatten(1) for noise in drawn])
+    assert len(rows.unique(dim=0)) == len(rows)
+
+
 def test_measure_changes_nothing_but_its_own_stream(make_run):
     run, other = make_run(seed=5), make_run(seed=5)
     before = run.flat.vector.detach().clone()
@@ -309,6 +325,44 @@ def test_a_diverged_run_says_so_and_restores(make_run):
     run.restore(start)
     assert torch.isfinite(run.flat.vector).all()
     assert np.isfinite(run.measure(0.5).siss_loss)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 1000, -1])
+@pytest.mark.parametrize("options", [{}, COMBINED])
+def test_one_parameter_that_is_not_finite_is_divergence_though_no_loss_shows_it(make_run, value, place, options):
+    run = make_run(**options)
+    run.update(0.5)
+    step = run.optimizer.step
+
+    def poisoned_step():
+        step()
+        run.flat.vector.data[place] = value
+
+    run.optimizer.step = poisoned_step
+    terms = run.update(0.5)
+    assert np.isfinite([terms.siss_loss, terms.update_norm, *terms.second_moment.flatten()]).all()
+    assert terms.diverged
+    assert run.diverged
+
+
+@pytest.mark.parametrize("task", ["gaussians-2d", "vae-mnist-trousers"])
+def test_the_probe_losses_are_of_the_forget_set_and_of_heldout_retain_data_in_that_order(make_run, task):
+    run = make_run(task, batch_size=2)
+    data = run.data
+    changed = {
+        name: UnlearningRun(
+            run.model, dataclasses.replace(data, **{name: torch.zeros_like(getattr(data, name))}), run.alphas_cumprod,
+            run.settings,
+        ).probe_losses()
+        for name in ("retain", "forget", "heldout")
+    }  # fmt: skip
+    forget, retain = run.probe_losses()
+    assert changed["retain"] == pytest.approx((forget, retain), rel=1e-5)
+    assert changed["forget"] == (pytest.approx(changed["forget"][0]), pytest.approx(retain, rel=1e-5))
+    assert changed["heldout"] == (pytest.approx(forget, rel=1e-5), pytest.approx(changed["heldout"][1]))
+    assert abs(changed["forget"][0] / forget - 1) > 0.01
+    assert abs(changed["heldout"][1] / retain - 1) > 0.01
 
 
 @pytest.mark.parametrize("rule", ["fixed_norm", "relative_norm"])

@@ -41,7 +41,7 @@ class Instance(BaseModel):
 
     task: str = Field(description="which data, and which of its classes: 'mnist-digits:1,3'")
     num_forget: int | None = Field(None, ge=1)
-    forget_seed: int = Field(0, ge=0, lt=2**63)
+    forget_seed: int = Field(0, ge=0, lt=2**32)  # what torch's CPU generator reads of a seed
     forget_scale: float | None = Field(None, ge=0.01, le=100)
     learning_rate: float | None = Field(None, ge=1e-7, le=1e-1)
     horizon: int | None = Field(None, ge=1, le=10_000)

@@ -148,7 +148,7 @@ class UnlearningRun:
     def seed(self, seed: int) -> None:
         """Start both streams anew from ``seed``, an integer in 0..2³²-1."""
         self.generator.manual_seed(seed)
-        self.measure_generator.manual_seed(seed + 2**32)
+        self.measure_generator.manual_seed(seed ^ 2**31)  # torch's CPU generator reads the lower 32 bits alone
 
     @insulated
     def draw(self, generator: torch.Generator) -> Batch:
