@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch_fidelity.metric_kid import kid_features_to_metric
 
 from unlearn_gym.diffusion import reconstruct
 from unlearn_gym.errors import ResultsError, TaskError
@@ -54,6 +55,15 @@ def test_kid_is_unbiased_around_zero_for_equal_distributions_and_grows_with_dist
     assert abs(np.mean(values)) < 4 * error
     assert min(values) < 0
     assert kid(normal(400), normal(400, 0.5, seed=1)) > 10 * np.std(values)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_kid_is_torch_fidelitys(seed):
+    samples, reference = 2 * normal(300), normal(250, 0.3, seed=1)
+    expected = kid_features_to_metric(
+        samples.double(), reference.double(), kid_subsets=50, kid_subset_size=200, rng_seed=seed, verbose=False
+    )
+    assert kid(samples, reference, seed=seed) == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-9)
 
 
 @pytest.mark.parametrize(("metric", "n", "match"), [(fid, 4, "more than 4 samples"), (kid, 150, "not 150")])
@@ -440,8 +450,10 @@ def test_the_closed_form_optimum_has_no_error_and_no_model_a_lower_loss():
 )
 def test_the_catalogue_explains_every_metric_that_an_evaluation_gives(name, absent):
     task = get_task(name)
-    settings = EvaluationSettings(8, 200, num_inference_steps=2, num_likelihood_samples=1)
-    result = Evaluator(task, load_data(task), settings).evaluate(task.pretrained_model())
+    settings, data = EvaluationSettings(8, 200, num_inference_steps=2, num_likelihood_samples=1), load_data(task)
+    labels = None if data.heldout_labels is None else data.heldout_labels[:300]
+    few = dataclasses.replace(data, heldout=data.heldout[:300], heldout_labels=labels)
+    result = Evaluator(task, few, settings).evaluate(task.pretrained_model())
     assert set(result.metrics) | set(result.absent) == set(MEASURED)
     assert result.absent[absent] == "not for this kind of task"
     assert set(BY_NAME) - set(MEASURED) == {"score", "mean_lambda", "episode_return"}
