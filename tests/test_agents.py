@@ -191,7 +191,7 @@ def test_a_damaged_checkpoint_is_named(file, damage, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_trained_agent_is_a_policy(tmp_path):
+def test_a_trained_agent_is_a_policy(tmp_path, monkeypatch):
     config = tmp_path / "ppo.yml"
     config.write_text((ROOT / "configs" / "agents" / "ppo.yml").read_text().replace("n_steps: 240", "n_steps: 120"))
     arguments = (
@@ -220,7 +220,9 @@ def test_a_trained_agent_is_a_policy(tmp_path):
     episode = run_episode(env, make_policy(str(folder / "agent.zip"), policy_context(env)), seed=0)
     assert all(0.1 <= v <= 0.9 for v in episode.trace["lambda_"])
     before = (folder / "agent.zip").read_bytes()
-    assert train(*arguments, cwd=tmp_path).returncode == 0  # finished already
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["agents.train", *arguments])
+    run_command("train", train_command)  # finished already
     assert sha256(folder / "best_model.zip") in {
         stage["sha256"] for stage in json.loads((folder / "progress.json").read_text())["stages"]
     }

@@ -70,10 +70,12 @@ def test_bad_input_of_the_installed_command(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_compare_and_report_from_the_command_line(tmp_path):
+SIZES = ["--task", "gaussians-2d", "--forget-samples", "200", "--quality-samples", "200"]
+
+
+def test_compare_and_report_from_the_command_line(tmp_path, monkeypatch):
+    """The installed command once, and then its function, which is what it calls."""
     arguments = [
-        "--task",
-        "gaussians-2d",
         "--policies",
         "static:0.2",
         "prior",
@@ -84,8 +86,7 @@ def test_compare_and_report_from_the_command_line(tmp_path):
         "--option",
         "batch_size=8",
     ]
-    sizes = ["--forget-samples", "200", "--quality-samples", "200", "--out", "out"]
-    done = cli("compare", *arguments, *sizes, cwd=tmp_path)
+    done = cli("compare", *SIZES, *arguments, "--out", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for text in ("static:0.2", "prior", "untouched", "oracle", "report: out/report.md", "Forgot most"):
         assert text in done.stdout
@@ -93,32 +94,26 @@ def test_compare_and_report_from_the_command_line(tmp_path):
     assert len(results["cells"]) == 6
     assert (results["settings"]["horizon"], results["settings"]["batch_size"]) == (5, 8)
     before = (tmp_path / "out" / "report.md").read_text()
-    assert cli("report", "out", cwd=tmp_path).returncode == 0
+    (tmp_path / "out" / "report.md").unlink()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["unlearn-gym", "report", "out"])
+    main()
     assert (tmp_path / "out" / "report.md").read_text() == before
 
 
-def test_a_model_is_evaluated_from_its_file(tmp_path):
+def test_a_model_is_evaluated_from_its_file(tmp_path, monkeypatch, capsys):
     from unlearn_gym.tasks import get_task
 
-    oracle = str(get_task("gaussians-2d").oracle_path)
-    sizes = [
-        "--task",
-        "gaussians-2d",
-        "--forget-samples",
-        "200",
-        "--quality-samples",
-        "200",
-        "--likelihood-samples",
-        "2",
-    ]
-    for weights in (oracle, "oracle"):
-        done = cli("evaluate", weights, *sizes, "--out", f"{len(weights)}.json", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-    a, b = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
+    monkeypatch.chdir(tmp_path)
+    for weights, out in ((str(get_task("gaussians-2d").oracle_path), "a.json"), ("oracle", "b.json")):
+        arguments = ["evaluate", weights, *SIZES, "--likelihood-samples", "2", "--out", out]
+        monkeypatch.setattr(sys, "argv", ["unlearn-gym", *arguments])
+        main()
+    a, b = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
     assert a["metrics"] == b["metrics"]
     assert {"forget_loss", "feature_kid", "nll_bound_retain", "nll_ode_forget"} <= a["metrics"].keys()
     assert a["absent"]["inception_fid"] == "Inception features are of images"
-    assert "inception_fid not measured: Inception features are of images" in done.stdout
+    assert "inception_fid not measured: Inception features are of images" in capsys.readouterr().out
 
 
 def test_help_lists_every_command(monkeypatch, capsys):

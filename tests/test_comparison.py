@@ -17,7 +17,7 @@ from unlearn_gym.evaluation.judge import EvaluationSettings
 from unlearn_gym.evaluation.report import verdict, write_report
 from unlearn_gym.evaluation.results import CELL_FORMAT, Results, load_results, merge_results
 from unlearn_gym.evaluation.store import CellStore
-from unlearn_gym.tasks import get_task, load_data
+from unlearn_gym.tasks import get_task, load_data, register_task
 
 TIMES = ("env_seconds", "policy_seconds", "evaluation_seconds")
 
@@ -98,17 +98,16 @@ def test_comparisons_that_share_a_store_run_no_cell_twice(tmp_path):
 
 def test_cells_of_a_changed_module_are_run_again(tmp_path, monkeypatch):
     """In a process of its own, which has not the module's folder on its path: an installed script has not either."""
-    keys = []
     monkeypatch.chdir(tmp_path)
-    for value in (0.2, 0.3):
-        (tmp_path / "a_policy.py").write_text(f"def choose(obs):\n    return {value}\n")
-        script = (
-            "import json, sys; sys.path[:] = [p for p in sys.path if p]\n"
-            "from unlearn_gym.evaluation.comparison import Comparison\n"
-            "print(json.dumps(Comparison('gaussians-2d', ('a_policy:choose', 'prior'), (0,)).cell_keys()))"
-        )
-        done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)
-        keys.append(json.loads(done.stdout))
+    script = (
+        "import json, pathlib, sys; sys.path[:] = [p for p in sys.path if p]\n"
+        "from unlearn_gym.evaluation.comparison import Comparison\n"
+        "for value in (0.2, 0.3):\n"
+        "    pathlib.Path('a_policy.py').write_text(f'def choose(obs):\\n    return {value}\\n')\n"
+        "    print(json.dumps(Comparison('gaussians-2d', ('a_policy:choose', 'prior'), (0,)).cell_keys()))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)
+    keys = [json.loads(line) for line in done.stdout.splitlines()]
     assert keys[0]["a_policy:choose"] != keys[1]["a_policy:choose"]
     assert keys[0]["prior"] == keys[1]["prior"]
 
@@ -210,7 +209,13 @@ def test_another_spelling_of_a_member_is_the_same_comparison():
 
 
 def test_few_forget_samples_still_make_a_picture(tmp_path):
-    comparison = Comparison("vae-mnist-trousers", ("static:0.5",), (0,), {"horizon": 1}, EvaluationSettings(10, 200))
+    task, data = get_task("vae-mnist-trousers"), load_data(get_task("vae-mnist-trousers"))
+    few = dataclasses.replace(
+        data, **{name: getattr(data, name)[:210] for name in ("heldout", "heldout_labels")},
+        **{name: getattr(data, name)[:20] for name in ("forget", "forget_labels", "unseen", "unseen_labels")},
+    )  # fmt: skip
+    register_task(dataclasses.replace(task, name="few-vae", load_data=lambda root, download: few))
+    comparison = Comparison("few-vae", ("static:0.5",), (0,), {"horizon": 1}, EvaluationSettings(10, 200))
     write_report(run_comparison(comparison, tmp_path), tmp_path)
     assert (tmp_path / "samples.png").exists()
 
@@ -232,8 +237,6 @@ def test_another_first_seed_still_makes_a_report(finished, tmp_path):
 
 
 def test_a_task_of_ones_own_runs_in_other_processes(tmp_path):
-    from unlearn_gym.tasks import register_task
-
     register_task(dataclasses.replace(get_task("gaussians-2d"), name="my-gaussians"))
     comparison = dataclasses.replace(small(("static:0.3",), (0,)), task="my-gaussians")
     assert len(run_comparison(comparison, tmp_path, jobs=2).cells) == 3

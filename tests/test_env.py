@@ -39,32 +39,39 @@ def rollout(env, actions, seed):
     return rows
 
 
-@pytest.mark.parametrize("task", TASKS)
+KINDS = ("gaussians-2d", "mnist-trousers", "mnist-tshirt", "sfd-mnist-digits", "vae-mnist-trousers")
+"""One task of each kind of model, with labels and without: others of a kind differ in weights and data alone."""
+FEW = {"batch_size": 2, "horizon": 3}
+"""Enough for what does not depend on the batch's size."""
+
+
+@pytest.mark.parametrize("task", KINDS)
 def test_gymnasium_checker_passes_with_no_warning_but_its_advice_on_action_ranges(task):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        gymnasium_check(make(task, horizon=3).unwrapped)
+        gymnasium_check(make(task, **FEW).unwrapped)
     messages = [str(w.message) for w in caught]
     assert all("we recommend using a symmetric and normalized space" in m for m in messages), messages
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", KINDS)
 def test_sb3_checker_passes_with_no_warning_once_actions_are_rescaled(task):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        sb3_check(RescaleAction(make(task, horizon=3), np.float32(-1), np.float32(1)))
+        sb3_check(RescaleAction(make(task, **FEW), np.float32(-1), np.float32(1)))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", KINDS)
 def test_sb3_checker_passes_on_the_environment_itself(task):
     with pytest.warns(UserWarning, match="symmetric and normalized Box action space"):
-        sb3_check(make(task, horizon=3))
+        sb3_check(make(task, **FEW))
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_same_seed_gives_the_same_episode_in_two_environments(task):
     actions = np.linspace(0.1, 0.9, 4)
-    for a, b in zip(rollout(make(task), actions, 11), rollout(make(task), actions, 11), strict=True):
+    envs = [make(task, batch_size=4) for _ in range(2)]
+    for a, b in zip(*(rollout(env, actions, 11) for env in envs), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -93,10 +100,11 @@ def test_an_unseeded_reset_begins_another_episode():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_environment_equals_a_plain_loop_over_the_run(task):
-    env = make(task)
+    env = make(task, batch_size=4)
     env.reset(seed=4)
     chosen = get_task(task)
-    run = UnlearningRun(chosen.pretrained_model(), load_data(chosen), chosen.schedule.alphas_cumprod(), chosen.settings)
+    settings = chosen.settings.override(batch_size=4)
+    run = UnlearningRun(chosen.pretrained_model(), load_data(chosen), chosen.schedule.alphas_cumprod(), settings)
     run.seed(int(np.random.Generator(np.random.PCG64(np.random.SeedSequence(4))).integers(2**32)))
     for lambda_ in (0.5, 0.2, 0.7):
         _, reward, _, _, info = env.step(lambda_)
@@ -311,9 +319,9 @@ def test_the_module_prefix_registers_on_demand():
     assert gym.registry == before
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", KINDS)
 def test_a_frame_is_a_picture_that_changes_with_the_run(task):
-    env = make(task, render_mode="rgb_array")
+    env = make(task, render_mode="rgb_array", batch_size=4)
     env.reset(seed=0)
     first = env.render()
     env.step(0.7)

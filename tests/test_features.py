@@ -61,9 +61,9 @@ def test_all_groups_are_zero_at_every_reset_and_move_with_the_weights(task, dim)
         assert all(env.observation_space.contains(row) for row in rows)
 
 
-@pytest.mark.parametrize("task", FEATURE_DIMS)
+@pytest.mark.parametrize("task", ["gaussians-2d", "mnist-trousers"])
 def test_both_checkers_pass(task):
-    env = gym.make("SISSUnlearn-v0", task=task, observation="extended", horizon=3)
+    env = gym.make("SISSUnlearn-v0", task=task, observation="extended", horizon=3, batch_size=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sb3_check(RescaleAction(env, np.float32(-1), np.float32(1)))

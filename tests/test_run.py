@@ -73,7 +73,7 @@ def test_update_equals_a_plain_training_loop(make_run, task, rule, clip):
 @pytest.mark.parametrize("batch_size", [1, 16])
 def test_passes_without_the_samples_of_zero_weight_give_the_same_gradients(make_run, lambda_, batch_size):
     run, whole = (make_run("mnist-trousers", skip_zero_weights=s, batch_size=batch_size) for s in (True, False))
-    for _ in range(4):
+    for _ in range(2):
         found, expected = run.measure(lambda_), whole.measure(lambda_)
         for a, b in ((run.retain_grad, whole.retain_grad), (run.forget_grad, whole.forget_grad)):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5 * max(b.abs().max().item(), 1e-8))

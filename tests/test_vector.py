@@ -34,6 +34,8 @@ from unlearn_gym.tasks import get_task, register_task
 from .test_run import HostSynchronisations
 
 N = 3
+SHORT, STEPS = {"horizon": 2, "batch_size": 4}, 5
+"""An episode, its successor by autoreset, and a step of that one's end: what follows repeats it."""
 
 
 @pytest.fixture
@@ -93,18 +95,18 @@ def test_the_environment_id_picks_it(make_vec):
 @pytest.mark.parametrize("backend", ["processes", "serial"])
 def test_a_vector_environment_is_single_ones_bit_for_bit(make_vec, task, backend):
     workers = {"num_workers": 2} if backend == "processes" else {}
-    found = vector_rows(make_vec(task, backend=backend, horizon=2, **workers), 5, 7)
+    found = vector_rows(make_vec(task, backend=backend, **SHORT, **workers), 5, STEPS)
     for i in range(N):
-        for row, expected in zip(found, single_rows(task, 5, i, 7, horizon=2), strict=True):
+        for row, expected in zip(found, single_rows(task, 5, i, STEPS, **SHORT), strict=True):
             np.testing.assert_array_equal(row[i], expected)
 
 
 @pytest.mark.parametrize("task", ["gaussians-2d", "mnist-trousers"])
 @pytest.mark.parametrize("options", [{}, {"forget_grad_rule": "loss", "optimizer": "sgd"}, {"reward": "potential"}])
 def test_stacked_runs_are_single_ones_up_to_rounding(make_vec, task, options):
-    found = vector_rows(make_vec(task, backend="stacked", horizon=2, **options), 5, 7)
+    found = vector_rows(make_vec(task, backend="stacked", **SHORT, **options), 5, STEPS)
     for i in range(N):
-        for row, expected in zip(found, single_rows(task, 5, i, 7, horizon=2, **options), strict=True):
+        for row, expected in zip(found, single_rows(task, 5, i, STEPS, **SHORT, **options), strict=True):
             np.testing.assert_allclose(row[i], expected, rtol=2e-3, atol=2e-3)
 
 
