@@ -247,6 +247,35 @@ def potential_of(forget: float, retain: float, **options) -> float:
     return env.step(0.5)[1]
 
 
+@pytest.mark.parametrize("reward", ["siss", "potential"])
+def test_the_penalty_is_on_the_change_from_one_lambda_to_the_next(reward):
+    env = make(reward=reward, smoothness_coef=2.0, lambda_init=0.4)
+    for seed in range(2):
+        env.reset(seed=seed)
+        before = 0.4
+        for lambda_ in (0.2, 0.9, 0.8, 0.8):
+            _, total, _, _, info = env.step(lambda_)
+            assert info["reward_terms"]["smoothness"] == pytest.approx(-2.0 * (lambda_ - before) ** 2)
+            assert total == pytest.approx(info["reward_terms"][reward] - 2.0 * (lambda_ - before) ** 2)
+            before = lambda_
+
+
+@pytest.mark.parametrize("options", [{"reward": "potential"}, {"features": "fresh"}, {"objective": "retrack"}])
+def test_an_episode_does_not_depend_on_those_before(options):
+    used, fresh = (make(forget_grad_rule="loss", **options) for _ in range(2))
+    rollout(used, [0.9] * 5, 1)
+    for a, b in zip(rollout(used, [0.2, 0.6], 2), rollout(fresh, [0.2, 0.6], 2), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert len(used.unwrapped.history) == 2
+
+
+def test_a_loss_that_an_objective_leaves_out_is_at_the_lower_bound():
+    env = make(objective="neggrad", forget_grad_rule="loss")
+    for obs in (env.reset(seed=0)[0], env.step(0.5)[0]):
+        assert list(obs[[0, 2]]) == [-5, -5]
+        assert (obs[[1, 3]] > -5).all()
+
+
 def test_what_is_forgotten_beyond_the_cap_pays_nothing_more():
     assert potential_of(1.0, 1.0) == pytest.approx(1.0)
     for forget in (1.01, 2.0, 1e6):
@@ -262,13 +291,21 @@ def test_damage_costs_its_share_of_the_start_and_repair_pays_nothing():
         assert potential_of(1.0, retain) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("action", [0.05, 0.95, float("nan"), [0.5, 0.5], [[0.5]], [], "high"])
+@pytest.mark.parametrize("action", [0.05, 0.95, 0.09999, 0.90001, float("nan"), [0.5, 0.5], [[0.5]], [], "high"])
 def test_a_bad_action_is_named_and_changes_nothing(action):
     env = make().unwrapped
     env.reset(seed=0)
     with pytest.raises(ActionError, match=r"λ=|shape|not a number"):
         env.step(action)
     assert env.run.updates == 0
+
+
+def test_an_action_that_is_off_by_rounding_becomes_the_bound():
+    for low, high in ((0.1, 0.9), (0.0, 1.0)):
+        env = make(lambda_min=low, lambda_max=high, lambda_init=0.5).unwrapped
+        env.reset(seed=0)
+        for action, lambda_ in ((low - 5e-7, low), (high + 5e-7, high), (np.float32(0.3), float(np.float32(0.3)))):
+            assert env.step(action)[4]["terms"]["lambda_"] == lambda_
 
 
 def test_float32_bounds_of_the_action_space_are_valid_actions():

@@ -230,6 +230,23 @@ def test_worse_predictor_has_a_larger_bound(levels):
     assert bound(1.0) < bound(1.05)
 
 
+@pytest.mark.parametrize("last", [0.9, 0.5, 0.01])
+def test_the_bound_of_a_network_that_knows_the_noise_is_the_prior_term_and_the_decoders(last):
+    alphas_cumprod = torch.tensor([0.99, 0.95, last])
+    x = torch.tensor([[0.0, 0.5], [-0.25, 0.75]])
+
+    def predict(x_t, timesteps, labels):
+        a = alphas_cumprod[timesteps][:, None]
+        rows = labels.long()
+        return (x_t - a.sqrt() * x[rows]) / (1 - a).sqrt()
+
+    found = variational_bound(predict, x, alphas_cumprod, labels=torch.arange(2.0), generator=seeded())
+    end = torch.distributions.Normal(x * last**0.5, (1 - last) ** 0.5)
+    prior = torch.distributions.kl_divergence(end, torch.distributions.Normal(0.0, 1.0)).sum(1)
+    decoder = -discretised_log_likelihood(x, x, (1 - alphas_cumprod[0]).sqrt()).sum(1)
+    torch.testing.assert_close(found, (prior + decoder) / (2 * math.log(2)), rtol=1e-3, atol=1e-4)
+
+
 def test_strata_are_unbiased_and_all_timesteps_are_exact():
     x = torch.zeros(1, 2)
 

@@ -22,7 +22,7 @@ from unlearn_gym.evaluation.forgetting import (
     wilson_interval,
 )
 from unlearn_gym.evaluation.inception import inception_features
-from unlearn_gym.evaluation.judge import EvaluationSettings, Judge, judged_reference
+from unlearn_gym.evaluation.judge import EvaluationSettings, Judge, Judged, judged_reference
 from unlearn_gym.evaluation.metrics import Evaluator, Figures
 from unlearn_gym.evaluation.quality import (
     class_score,
@@ -35,6 +35,7 @@ from unlearn_gym.evaluation.quality import (
 )
 from unlearn_gym.models.classifier import GARMENTS, TROUSERS, classify
 from unlearn_gym.tasks import get_task, load_data, to_model_range
+from unlearn_gym.tasks.probe import probe_grid
 
 
 def normal(n: int, mean: float = 0.0, seed: int = 0) -> torch.Tensor:
@@ -373,6 +374,8 @@ def test_reference_features_are_computed_once_per_content():
     assert len(calls) == 1
     judged_reference(task, dataclasses.replace(data, heldout=data.heldout + 1))
     assert len(calls) == 2
+    another = dataclasses.replace(task, classify=lambda samples: (2 * samples, torch.ones(len(samples), 3)))
+    assert (judged_reference(another, data).logits == 1).all()
 
 
 def test_samples_do_not_depend_on_the_batches_that_they_are_drawn_in():
@@ -422,6 +425,56 @@ def test_the_oracle_and_the_models_and_both_sets_of_samples_come_from_noises_of_
     assert len(everything.unique(dim=0)) == len(everything) == 600
     assert result.metrics["oracle_fid"] > 1e-4
     assert result.metrics["oracle_kid"] != 0.0
+
+
+def test_losses_errors_and_the_attack_are_those_of_their_own_sets():
+    task = get_task("gaussians-2d")
+    data = load_data(task)
+    stranger = dataclasses.replace(data, unseen=3 * data.unseen)  # which no model of the ring has learned
+    evaluator = Evaluator(task, stranger, EvaluationSettings(200, 200))
+    model = task.pretrained_model()
+    result = evaluator.evaluate(model)
+    assert result.metrics["membership_auc"] > 0.95
+    grid = probe_grid(model, data.forget, None, evaluator.alphas_cumprod, seed=7)
+    np.testing.assert_allclose(result.profile, grid.mean(1), rtol=1e-5)
+    assert len(result.profile) == 10
+    errors = [
+        probe_grid(
+            model, samples, None, evaluator.alphas_cumprod, seed=7, num_samples=100, target=task.oracle_model()
+        ).mean().item()
+        for samples in (data.forget, data.heldout)
+    ]  # fmt: skip
+    assert errors[0] != pytest.approx(errors[1], rel=0.1)
+    assert result.metrics["oracle_error"] == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+def test_the_distance_to_the_nearest_copy_is_a_median():
+    task = get_task("gaussians-2d")
+    evaluator, figures = Evaluator(task, load_data(task)), Figures()
+    samples = torch.cat([evaluator.judge.forget[:9], torch.full((1, 2), 1e4)])
+    evaluator._forgetting(Judged(samples, *task.classifier(samples)), figures)
+    assert figures.values["copy_distance"] < 1e-3
+    assert figures.values["copy_rate"] == pytest.approx(0.9)
+
+
+def test_copies_are_judged_against_retain_data_under_the_labels_of_the_forget_data():
+    task = get_task("mnist-trousers")
+    data = load_data(task)
+    few = {name: getattr(data, name)[:400] for name in ("heldout", "heldout_labels", "forget", "forget_labels")}
+    judge = Judge(task, dataclasses.replace(data, unseen=None, **few))
+    alike = few["heldout_labels"] == 1
+    assert 0 < alike.sum() < 400
+    assert judge.calibration()["num_retain"] == alike.sum()
+    assert judge.copy_threshold == copy_threshold(to_model_range(few["heldout"][alike]), judge.forget)
+
+
+def test_a_pixel_beyond_the_range_counts_as_the_nearest_within():
+    images = to_model_range(load_data(get_task("mnist-trousers")).forget[:4])
+    beyond = torch.where(images > 0.99, 7.0, torch.where(images < -0.99, -5.0, images))
+    assert (beyond != images).any()
+    within = beyond.clamp(-1, 1)
+    assert torch.equal(nearest(beyond, images).distance, nearest(within, images).distance)
+    assert torch.equal(ssim(beyond, images), ssim(within, images))
 
 
 def test_the_closed_form_optimum_has_no_error_and_no_model_a_lower_loss():

@@ -22,6 +22,7 @@ from unlearn_gym.families import FAMILIES, family_of
 from unlearn_gym.models import CompactUNet, UNetConfig
 from unlearn_gym.models.one_step import OneStepModel, OneStepNetwork
 from unlearn_gym.models.weights import save_weights
+from unlearn_gym.objectives.base import Learner
 from unlearn_gym.objectives.score_forgetting import override_pairs
 from unlearn_gym.run import UnlearningRun
 from unlearn_gym.settings import RunSettings
@@ -166,6 +167,31 @@ def test_an_update_is_that_of_a_plain_loop(lambda_):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("bound", [None, 0.05])
+def test_the_learner_is_adam_without_momentum_clipped_and_comes_back_to_a_state(bound):
+    network, inputs = torch.nn.Linear(3, 2), torch.randn(5, 8, 3, generator=torch.Generator().manual_seed(0))
+    twin = copy.deepcopy(network)
+    learner, optimizer = Learner(network, 0.01), torch.optim.Adam(twin.parameters(), lr=0.01, betas=(0.0, 0.999))
+
+    def learn(x):
+        learner.step(network(x).square().mean(), bound)
+        return learner.flat.vector.detach().clone()
+
+    for x in inputs[:3]:
+        learn(x)
+        optimizer.zero_grad()
+        twin(x).square().mean().backward()
+        if bound is not None:
+            torch.nn.utils.clip_grad_norm_(twin.parameters(), bound)
+        optimizer.step()
+        for found, expected in zip(network.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    state = learner.state()
+    first = [learn(x) for x in inputs[3:]]
+    learner.restore(*state)
+    assert all(map(torch.equal, first, [learn(x) for x in inputs[3:]]))
+
+
 def test_lambda_is_a_weight_and_its_gradient_the_derivative():
     losses = {x: tiny_run().measure(x) for x in (0.25, 0.5, 0.75)}
     slope = (losses[0.75].siss_loss - losses[0.25].siss_loss) / 0.5
@@ -303,7 +329,10 @@ def test_the_hybrid_adds_the_gradient_of_siss_on_real_pairs():
     moved = [(run.flat.vector.detach() - start) / -0.01 for run, start in zip((plain, hybrid), pair, strict=True)]
     direct = moved[1] - moved[0]
     assert direct.norm().item() == pytest.approx(terms[1].direct_grad_norm, rel=2e-2)
+    assert terms[1].update_norm == pytest.approx(moved[1].norm().item(), rel=1e-2)
+    assert terms[1].update_norm != pytest.approx(moved[0].norm().item(), rel=5e-2)
     batch = hybrid.draw(torch.Generator().manual_seed(2))
+    assert terms[1].forget_fraction == (batch.uniforms < 0.4).float().mean()
     model = tiny_model()
     k, ab = batch.uniforms < 0.4, ALPHAS[440]
     labels = torch.where(k, batch.forget_labels, batch.retain_labels)

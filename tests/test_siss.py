@@ -128,6 +128,20 @@ def test_the_mixture_at_its_ends_draws_one_side_only(lambda_):
     assert (k == bool(lambda_)).all()
 
 
+def test_a_uniform_of_zero_draws_no_forget_sample_where_none_may_be_drawn():
+    x, t = torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64)
+    for lambda_, drawn in ((0.0, False), (1e-6, True), (1.0, True)):
+        _, k = siss.sample_mixture(x, x + 1, x, t, torch.zeros(4), ALPHAS, lambda_)
+        assert (k == drawn).all()
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 1.0])
+def test_lambda_gradients_are_finite_at_the_ends_of_the_range(lambda_):
+    terms, k = terms_at(lambda_, 64, seed=0)
+    gradients = siss.lambda_gradients(terms, k, lambda_, forget_scale=1.5, **coefficients())
+    assert all(torch.isfinite(value) for value in gradients.values())
+
+
 def test_mask_draws_are_coupled_across_lambda():
     low, high = (pairs(1000, (2,), lam)[-1] for lam in (0.2, 0.6))
     assert (high | ~low).all()

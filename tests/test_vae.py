@@ -168,9 +168,10 @@ def test_weights_in_that_test_are_not_saturated():
     assert w_r.std() > 0.1
 
 
+@pytest.mark.parametrize("objective", ["siss", "siss-no-is", "naive", "neggrad"])
 @pytest.mark.parametrize("encoder_gradient", ["full", "stopped"])
-def test_only_the_full_version_moves_the_encoder(encoder_gradient):
-    run = tiny_run(encoder_gradient=encoder_gradient)
+def test_only_the_full_version_moves_the_encoder(encoder_gradient, objective):
+    run = tiny_run(encoder_gradient=encoder_gradient, objective=objective)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     run.update(0.5)
     moved = {name.split(".")[0] for name, p in run.model.named_parameters() if not torch.equal(p, before[name])}

@@ -274,6 +274,49 @@ def test_an_episode_that_had_ended_is_not_lost_again(make_vec):
     np.testing.assert_array_equal(env.step(actions(3))[0][:, 5], [0.5] * N)
 
 
+def test_deaths_with_a_step_in_between_never_add_up(make_vec):
+    env = make_vec(num_envs=1, num_workers=1, autoreset_mode="SameStep")
+    env.reset(seed=0)
+    for step in range(4):
+        kill_worker(env, 0)
+        with pytest.warns(UserWarning, match="worker 0 died"):
+            assert env.step(actions(step, 1))[3].all()
+        assert not env.step(actions(step, 1))[3].any()
+
+
+def test_episodes_that_begin_after_a_death_come_from_the_seed(make_vec):
+    found = []
+    for _ in range(2):
+        env = make_vec(num_envs=2, num_workers=2, autoreset_mode="SameStep")
+        env.reset(seed=3)
+        kill_worker(env, 1)
+        with pytest.warns(UserWarning, match="worker 1 died"):
+            found.append([env.step(actions(0, 2))[0], env.step(actions(1, 2))[0]])
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_reset_of_episodes_that_had_ended_is_their_only_one(make_vec):
+    env = make_vec(backend="serial", horizon=2)
+    env.reset(seed=3)
+    assert not env.step(actions(0))[2].any()
+    assert env.step(actions(1))[2].all()
+    env.reset(seed=4)
+    np.testing.assert_array_equal(env.step(actions(2))[0][:, 5], [0.5] * N)
+
+
+@pytest.mark.parametrize("backend", ["serial", "stacked"])
+def test_what_a_step_returns_is_the_callers_own(make_vec, backend):
+    env = make_vec(backend=backend, autoreset_mode="Disabled")
+    env.reset(seed=3)
+    obs = env.step(actions(0))[0]
+    expected = obs.copy()
+    obs[:] = 99
+    again = env.reset(options={"reset_mask": np.array([True, False, False])})[0]
+    np.testing.assert_array_equal(again[1:], expected[1:])
+    again[:] = 99
+    assert (env.step(actions(1))[0] != 99).all()
+
+
 def test_a_worker_that_does_not_answer_in_time_counts_as_dead(make_vec):
     env = make_vec(num_workers=3, worker_timeout=1.0)
     env.reset(seed=3)
@@ -632,6 +675,11 @@ def test_sb3_sees_what_it_sees_of_single_environments(make_vec):
                 assert info["episode"]["r"] == pytest.approx(other["episode"]["r"], abs=1e-4)
         for info, other in zip(ours.venv.reset_infos, theirs.reset_infos, strict=True):
             assert info.keys() == other.keys()
+            np.testing.assert_equal(info["terms"], other["terms"])
+    np.testing.assert_array_equal(ours.reset(), theirs.reset())  # the seeds were for one reset
+    ours.seed(7)
+    first = ours.reset()
+    assert (first != ours.reset()).any()
 
 
 def test_sb3_takes_the_end_of_a_dead_workers_episode_for_a_truncation(make_vec):
