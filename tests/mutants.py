@@ -189,12 +189,9 @@ def run_all(chosen: Sequence[Mutant], jobs: int, folder: Path) -> int:
     for i in range(jobs):
         copies.put(copy_tree(folder / str(i)))
     with ThreadPoolExecutor(jobs) as pool:
-        files = sorted({file for m in chosen for file in tests_of(m)})
-        failing = [
-            f for f, status in zip(files, pool.map(lambda f: borrow(copies, None, [f]), files), strict=True) if status
-        ]
-        if failing:
-            print(f"without any mutant these fail, so that nothing follows from them: {', '.join(failing)}")
+        status = borrow(copies, None, sorted({test for m in chosen for test in tests_of(m)}))
+        if status != 0:
+            print(f"without any mutant these tests fail (pytest: {status}), so that nothing follows from them")
             return 1
         survivors = []
         for m, status in zip(chosen, pool.map(lambda m: borrow(copies, m, tests_of(m)), chosen), strict=True):
