@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from unlearn_gym.errors import LONGEST_LINE
 from unlearn_gym.run import UnlearningRun
 from unlearn_gym.tasks import get_task, load_data
 
@@ -29,3 +30,14 @@ def make_run() -> Callable[..., UnlearningRun]:
         )
 
     return make
+
+
+def fails(error: type[BaseException], function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """The message of the error that the call raises: one line of a sane length."""
+    with pytest.raises(error) as caught:
+        function(*args, **kwargs)
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    assert len(message) <= LONGEST_LINE
+    return message

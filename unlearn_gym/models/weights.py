@@ -40,19 +40,37 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copy ``tensors``, which come from ``path``, into ``model``; raises :class:`WeightsError` and changes nothing
-    when names or shapes differ or a value is not finite.
+    """Copy ``tensors``, which come from ``path``, into ``model``, cast to its own types.
+
+    Raises :class:`WeightsError` and changes nothing when names, shapes or kinds of numbers differ, or a value is not
+    finite once it is cast.
     """
-    expected = model.state_dict()
+    expected, cast = model.state_dict(), {}
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors or name not in expected:
             missing = "lacks" if name not in tensors else "has an unknown"
             raise WeightsError(f"{path} {missing} tensor {name!r}: it was made for another network")
-        found, wanted = tuple(tensors[name].shape), tuple(expected[name].shape)
+        cast[name] = _cast(tensors[name], expected[name].dtype, f"{path}: {name!r}")
+        found, wanted = tuple(cast[name].shape), tuple(expected[name].shape)
         if found != wanted:
             raise WeightsError(
                 f"{path}: {name!r} has shape {found}, the network needs {wanted}: made for another network"
             )
-        if not torch.isfinite(tensors[name]).all():
-            raise WeightsError(f"{path}: {name!r} holds values that are not finite; restore or remake it")
-    model.load_state_dict(tensors)
+    model.load_state_dict(cast)
+
+
+def _cast(found: Tensor, wanted: torch.dtype, where: str) -> Tensor:
+    """``found`` as ``wanted``, if no value changes its kind or gets lost; raises :class:`WeightsError`."""
+    if found.dtype != wanted and not (found.is_floating_point() and wanted.is_floating_point):
+        raise WeightsError(f"{where} holds {found.dtype}, the network needs {wanted}; save it as that")
+    try:
+        values = found.to(wanted)
+        finite = bool(torch.isfinite(values).all())
+    except NotImplementedError:  # of the types that pack several numbers into a byte
+        raise WeightsError(
+            f"{where} holds {found.dtype}, which torch cannot read as {wanted}; save it as that"
+        ) from None
+    if not finite:
+        cast = "" if found.dtype == wanted else f" as {wanted}"
+        raise WeightsError(f"{where} holds values that are not finite{cast}; restore or remake it")
+    return values

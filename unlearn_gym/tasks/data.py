@@ -142,11 +142,16 @@ def load_torchvision(name: str, root: Path, *, train: bool, download: bool = Fal
         raise DataError(f"data root {root} is not a folder; correct it, or let torchvision fill it with --download")
     try:
         dataset = getattr(datasets, name)(root=str(root), train=train, download=download)
-    except (RuntimeError, OSError, ValueError, AssertionError) as error:
+        images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets, dtype=torch.int64)
+    except Exception as error:  # torchvision raises what its parsing of a damaged file comes upon
         reason = error_line(error).replace(" You can use download=True to download it", "")
         remedy = "check the connection" if download else "let torchvision fill it with --download"
         raise DataError(
             f"no usable {name} under {root} ({reason}); name the folder that holds it with --data-root, or {remedy}"
         ) from None
-    images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets, dtype=torch.int64)
+    if len(images) != len(labels):
+        raise DataError(f"{name} under {root} has {len(images)} images and {len(labels)} labels; download it again")
+    classes = len(dataset.classes)
+    if not all(0 <= label < classes for label in labels.unique().tolist()):
+        raise DataError(f"{name} under {root} has labels that are not in 0..{classes - 1}; download it again")
     return images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous(), labels

@@ -40,7 +40,7 @@ def read_archive(path: Path, keys: tuple[str, ...]) -> list[Tensor]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return [torch.from_numpy(archive[key]) for key in keys]
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, ValueError, TypeError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} is missing or damaged ({error_line(error)}); reinstall the package") from None
 
 
