@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.noise import NormalActionNoise
 
 from agents.hyperparameters import COUNT, POSITIVE, ranges
 from unlearn_gym import ENV_ID
-from unlearn_gym.errors import SettingsError, error_line
+from unlearn_gym.errors import SettingsError, error_line, shown
+from unlearn_gym.files import FormatError, read_yaml
 from unlearn_gym.settings import describe_validation_error
 from unlearn_gym.tasks import get_task
+from unlearn_gym.values import Checked
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "agents"
 ALGORITHMS = {
@@ -55,7 +56,7 @@ def algorithm_class(name: str) -> type[BaseAlgorithm]:
     return found
 
 
-class AgentConfig(BaseModel):
+class AgentConfig(Checked):
     """What one entry of a config file says: ``n_timesteps``, ``n_envs``, ``policy`` and the noise of the actions as in
     the zoo, and under ``arguments`` all that goes to the algorithm's constructor.
     """
@@ -66,10 +67,10 @@ class AgentConfig(BaseModel):
     n_timesteps: COUNT
     n_envs: COUNT = 1
     policy: str
-    env_wrapper: list[dict[str, dict[str, float]]] = [RESCALE]
+    env_wrapper: list[dict[str, dict[str, float]]] = Field([RESCALE])
     noise_type: Literal["normal"] | None = None
     noise_std: POSITIVE = 0.1
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field({})
 
     def check_length(self, timesteps: int) -> None:
         """Raise ``SettingsError`` where a training of so many steps would learn nothing."""
@@ -104,8 +105,8 @@ def load_config(algorithm: str, task: str, path: Path | None = None, **changes: 
     known = _constructor_arguments(algorithm)
     path = path or CONFIG_FOLDER / f"{algorithm}.yml"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = read_yaml(path)
+    except (OSError, FormatError) as error:
         raise SettingsError(f"cannot read {path} ({error_line(error)}); name a config with --config") from None
     if not isinstance(content, dict) or ENV_ID not in content:
         raise SettingsError(f"{path} has no entry {ENV_ID!r}; key it by the environment's id")
@@ -120,7 +121,7 @@ def load_config(algorithm: str, task: str, path: Path | None = None, **changes: 
         if key not in known:
             close = difflib.get_close_matches(key, [*known, *AgentConfig.model_fields], n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"{algorithm} takes {', '.join(known)}"
-            raise SettingsError(f"{path}: unknown key {key!r}; {hint}")
+            raise SettingsError(f"{path}: unknown key {shown(key)}; {hint}")
     try:
         arguments = ranges(algorithm, tuple(known)).model_validate(entry).model_dump(exclude_unset=True)
         config = AgentConfig.model_validate({**own, "algorithm": algorithm, "arguments": arguments})
@@ -128,8 +129,8 @@ def load_config(algorithm: str, task: str, path: Path | None = None, **changes: 
         raise SettingsError(f"{path}: {describe_validation_error(error)}") from None
     if config.env_wrapper != [RESCALE]:
         raise SettingsError(
-            f"{path}: env_wrapper={config.env_wrapper} must be {[RESCALE]}: agents act in [-1, 1]; other wrappers, as "
-            "a reward of one's own, go with stable-baselines3 itself, see docs/reward.md"
+            f"{path}: env_wrapper={shown(config.env_wrapper)} must be {[RESCALE]}: agents act in [-1, 1]; "
+            "other wrappers, as a reward of one's own, go with stable-baselines3 itself, see docs/reward.md"
         )
     return config
 
@@ -144,8 +145,8 @@ def _check_keys(content: dict[Any, Any], path: Path) -> None:
     for key, entry in content.items():
         name, at, task = str(key).partition("@")
         if name != ENV_ID or (at and not task):
-            raise SettingsError(f"{path}: nobody reads the entry {key!r}; name it {ENV_ID!r} or '{ENV_ID}@<task>'")
+            raise SettingsError(f"{path}: nobody reads the entry {shown(key)}; name it {ENV_ID!r} or '{ENV_ID}@<task>'")
         if at:
             get_task(task)
         if not isinstance(entry, dict):
-            raise SettingsError(f"{path}: the entry {key!r} is {entry!r}; give it keys and values")
+            raise SettingsError(f"{path}: the entry {key!r} is {shown(entry)}; give it keys and values")

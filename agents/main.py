@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -13,7 +12,8 @@ import gymnasium as gym
 import tyro
 from pydantic import ValidationError
 
-from unlearn_gym.errors import UnlearnGymError, line_with_log
+from unlearn_gym.errors import UnlearnGymError, check_texts, line_with_log, one_line
+from unlearn_gym.files import read_json
 from unlearn_gym.processes import Terminated, signals_as_interrupts
 from unlearn_gym.settings import describe_validation_error
 
@@ -21,6 +21,7 @@ from unlearn_gym.settings import describe_validation_error
 def run_command(name: str, function: Callable[..., Any]) -> None:
     """Run ``function`` with the arguments of the command line."""
     try:
+        check_texts(sys.argv)
         with signals_as_interrupts():
             tyro.cli(function, description=function.__doc__)
         return
@@ -36,7 +37,7 @@ def run_command(name: str, function: Callable[..., Any]) -> None:
     except KeyboardInterrupt:
         print(f"agents.{name}: interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)
-    print(f"agents.{name}: {message}", file=sys.stderr)
+    print(f"agents.{name}: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -48,7 +49,7 @@ def invocation(name: str) -> str:
 def read_manifest(policy: str) -> dict[str, Any]:
     """What stands beside an agent's zip; empty where nothing does."""
     try:
-        found = json.loads(Path(policy).with_suffix(".json").read_text()) if policy.endswith(".zip") else {}
+        found = read_json(Path(policy).with_suffix(".json")) if policy.endswith(".zip") else {}
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ from agents.main import invocation, run_command
 from agents.training import FIRST_VALIDATION_SEED, Plan, read_stages, static_returns, train_agent
 from unlearn_gym.cli.arguments import OptionTexts, parse_options
 from unlearn_gym.errors import SettingsError
-from unlearn_gym.files import sha256, write_json
+from unlearn_gym.files import read_json, sha256, write_json
 from unlearn_gym.tasks import get_task
 
 help_ = tyro.conf.arg
@@ -88,7 +87,7 @@ def train(
 def _is_finished(path: Path, timesteps: int) -> bool:
     """Whether ``path`` is the agent of so many steps with its manifest beside it."""
     try:
-        manifest = json.loads(path.with_suffix(".json").read_text())
+        manifest = read_json(path.with_suffix(".json"))
         return bool(manifest["timesteps"] == timesteps and manifest["sha256"] == sha256(path))
     except (OSError, ValueError, KeyError, TypeError):
         return False

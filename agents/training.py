@@ -30,7 +30,7 @@ from agents.checkpoints import restore_checkpoint, save_checkpoint
 from agents.config import AgentConfig
 from unlearn_gym import ENV_ID
 from unlearn_gym.envs import SB3VecEnv
-from unlearn_gym.errors import SettingsError
+from unlearn_gym.errors import SettingsError, shown
 from unlearn_gym.files import sha256, write_json
 from unlearn_gym.instances import load_instances
 from unlearn_gym.settings import describe_validation_error, usable_device
@@ -86,6 +86,12 @@ class Plan:
         for name in ("n_envs", "eval_every", "eval_episodes"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("n_envs", "eval_episodes"):
+            if getattr(self, name) > SEEDS_PER_TRAINING:
+                raise SettingsError(
+                    f"{name}={shown(getattr(self, name))} must be at most {SEEDS_PER_TRAINING}: a training has so many "
+                    "seeds of its own"
+                )
         if not 0 <= self.seed < FIRST_TRAINING_SEED // SEEDS_PER_TRAINING:
             raise SettingsError(f"seed={self.seed} must lie in 0..{FIRST_TRAINING_SEED // SEEDS_PER_TRAINING - 1}")
 

@@ -25,7 +25,7 @@ from unlearn_gym.errors import PolicyError, ResultsError, error_line
 from unlearn_gym.evaluation.episode import policy_context, run_episode
 from unlearn_gym.evaluation.statistics import Estimate, bootstrap_mean, holm, paired_difference, paired_p_value
 from unlearn_gym.evaluation.tables import NOTHING, estimate_text, markdown_table, p_text
-from unlearn_gym.files import sha256, write_json
+from unlearn_gym.files import read_json, sha256, write_json
 from unlearn_gym.instances import Instance, load_instances
 from unlearn_gym.policies import existing_sources, make_policy, split_name
 from unlearn_gym.tasks import Task, get_task, load_data
@@ -162,8 +162,8 @@ def _read_scores(path: Path) -> dict[str, Score]:
     if not path.is_file():
         return {}
     try:
-        return {key: Score(**values) for key, values in json.loads(path.read_text())["scores"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return {key: Score(**values) for key, values in read_json(path)["scores"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ResultsError(f"{path} holds no scores ({error_line(error)}); choose another --out or delete it") from None
 
 

@@ -31,7 +31,7 @@ def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["bench", "--items", "0"], "unknown item '0'"),
         (["bench", "--device", "gpu"], "device='gpu'"),
         (["calibrate", "--threads", "0"], "threads=0"),
-        (["compare", "--seeds", "0"], "seeds is empty"),
+        (["compare", "--seeds", "0"], "seeds=0"),
         (["compare", "--jobs", "0"], "jobs=0"),
         (["compare", "--quality-samples", "20", "--task", "gaussians-2d"], "KID"),
         (["compare", "--data-root", "nowhere"], "nowhere is not a folder"),

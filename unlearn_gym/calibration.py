@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from unlearn_gym.errors import SettingsError
+from unlearn_gym.errors import SettingsError, shown
 from unlearn_gym.run import UnlearningRun
 from unlearn_gym.step import FEATURES
 from unlearn_gym.tasks import FeatureConstants, Task, TaskData
 from unlearn_gym.torch_state import insulated
 
 MIN_BATCHES = 64
+MAX_BATCHES = 1_000_000
 
 
 @insulated
@@ -19,10 +20,11 @@ def calibrate(
 ) -> FeatureConstants:
     """Means over ``num_batches`` measured batches of the pretrained model at λ = 0.5, factors (1, 1).
 
-    Raises ``SettingsError`` for fewer than 64 batches: one batch alone varies by its own size.
+    Raises ``SettingsError`` for fewer than 64 batches, as one batch alone varies by its own size, and for more than a
+    million.
     """
-    if num_batches < MIN_BATCHES:
-        raise SettingsError(f"num_batches={num_batches} must be at least {MIN_BATCHES}")
+    if not MIN_BATCHES <= num_batches <= MAX_BATCHES:
+        raise SettingsError(f"num_batches={shown(num_batches)} must lie in {MIN_BATCHES}..{MAX_BATCHES}")
     settings = task.settings.override(dataset_factors="none", loss_reduction="mean")
     alphas_cumprod = task.schedule.alphas_cumprod()
     run = UnlearningRun(task.pretrained_model(), data, alphas_cumprod, settings, seed)

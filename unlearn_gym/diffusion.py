@@ -11,11 +11,12 @@ from collections.abc import Callable
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
 from unlearn_gym.errors import SettingsError
 from unlearn_gym.torch_state import insulated
+from unlearn_gym.values import Checked
 
 Predictor = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """``(x_t, timesteps, labels or None) -> epsilon_pred``, all with the batch in front.
@@ -30,7 +31,7 @@ RECONSTRUCTION_STEPS = 10
 ScheduleKind = Literal["linear", "scaled_linear", "cosine"]
 
 
-class ScheduleConfig(BaseModel):
+class ScheduleConfig(Checked):
     """β schedule of ``num_train_timesteps`` T steps.
 
     ``kind`` is ``"linear"``: β from ``beta_start`` to ``beta_end``, Ho et al. (2020), eq. 1 and section 4;

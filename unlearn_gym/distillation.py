@@ -14,23 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from unlearn_gym import sfd
-from unlearn_gym.errors import TaskError, WeightsError
+from unlearn_gym.errors import TaskError, WeightsError, shown
 from unlearn_gym.files import sha256, write_json
+from unlearn_gym.memory import bytes_per_sample, check_memory
 from unlearn_gym.models.flat import optimizer_state
 from unlearn_gym.models.one_step import OneStepNetwork
 from unlearn_gym.models.weights import read_tensors, save_weights
 from unlearn_gym.objectives import Learner
 from unlearn_gym.objectives.score_forgetting import SCORE_TIMESTEPS
-from unlearn_gym.pretraining import make_folder, one_cycle
+from unlearn_gym.pretraining import MEASURED_BATCH, make_folder, one_cycle
 from unlearn_gym.tasks import Task
 from unlearn_gym.torch_state import initial_weights_from, insulated
+from unlearn_gym.values import Checked
 
 
-class DistillationSettings(BaseModel):
+class DistillationSettings(Checked):
     """Adam without momentum, as SiD has it, on a one-cycle learning rate, and averaged copies of both networks."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -87,6 +89,16 @@ class Distillation:
         digest = hashlib.sha256("|".join([*parts, sha256(network.teacher)]).encode()).digest()
         self.fingerprint = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
         self.done = 0
+        if settings.batch_size > MEASURED_BATCH:
+            other = torch.Generator().manual_seed(0)
+            needed = settings.batch_size * bytes_per_sample(lambda size: self._fake_loss(size, other))
+            check_memory(needed, f"batch_size={shown(settings.batch_size)}")
+
+    def _fake_loss(self, size: int, generator: torch.Generator) -> Tensor:
+        """The fake network's loss on noise: what part of an update takes in memory."""
+        x, noise = (torch.randn((size, *self.shape), generator=generator) for _ in range(2))
+        labels = torch.zeros(size, dtype=torch.int64)
+        return sfd.denoising_loss(self.model.fake, x, labels, noise, labels, self.alphas_cumprod)
 
     @insulated
     def update(self) -> tuple[Tensor, Tensor]:

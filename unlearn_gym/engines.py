@@ -18,7 +18,8 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from unlearn_gym.errors import SettingsError, WorkerError, error_line
+from unlearn_gym.errors import SettingsError, WorkerError, error_line, shown
+from unlearn_gym.memory import PROCESS_BYTES, check_memory
 from unlearn_gym.processes import follow_parent, interrupts_blocked
 
 Engine = Literal["joblib", "ray"]
@@ -60,6 +61,8 @@ def run_calls(
     if engine not in get_args(Engine):
         raise SettingsError(f"engine={engine!r} must be one of {', '.join(get_args(Engine))}")
     name = name or (lambda *call: f"a call of {function.__name__}")
+    if engine == "joblib":
+        check_memory(jobs * PROCESS_BYTES, f"jobs={shown(jobs)}")
     if engine == "joblib" and jobs == 1:
         return (_call(function, call) for call in calls)
     packed = [_pack(name(*call), function, call) for call in calls]

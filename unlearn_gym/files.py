@@ -1,11 +1,17 @@
-"""Files that a reader never sees half-written."""
+"""Files that a reader never sees half-written, and the package's one reader of JSON and one of YAML."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+from unlearn_gym.errors import UnlearnGymError, error_line, shown
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
@@ -24,3 +30,122 @@ def write_bytes(path: Path, content: bytes) -> None:
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class FormatError(UnlearnGymError, ValueError):
+    """Text that is not the JSON or YAML that it should be."""
+
+
+LARGEST_JSON = 2**30
+"""Bytes; the largest files, results.json of thousands of cells, have some ten million."""
+LARGEST_YAML = 2**20
+"""Bytes; YAML files here are written by hand and have a few thousand."""
+MOST_NODES = 100_000
+"""Values that a YAML file may hold once its aliases are written out."""
+DEEPEST = 64
+"""Levels that a YAML file may nest; Python's own limit for JSON is some hundred."""
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; raises :class:`FormatError`, which is a ``ValueError``, or ``OSError``."""
+    return parse_json(_read_bytes(path, LARGEST_JSON))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text in which no key of an object is there twice, and no number is NaN or infinite.
+
+    Raises :class:`FormatError`.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+    except FormatError:
+        raise
+    except RecursionError:
+        raise FormatError("it is not usable JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise FormatError(f"it is not JSON: {error_line(error)}") from None
+
+
+def read_yaml(path: Path, loader: type[CheckedLoader] | None = None) -> Any:
+    """The value in a YAML file, made of plain values alone; ``loader`` may know more tags.
+
+    Raises ``OSError``, or :class:`FormatError` for what is no YAML, for a key that is twice in a mapping, and for a
+    file above :data:`LARGEST_YAML`, :data:`MOST_NODES` or :data:`DEEPEST`. Numbers are written as in YAML 1.2: 1e-4 is
+    one.
+    """
+    try:
+        return yaml.load(_read_bytes(path, LARGEST_YAML).decode("utf-8"), loader or CheckedLoader)
+    except FormatError:
+        raise
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FormatError(f"it is not YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        # PyYAML's constructors raise these for dates, numbers and tags that there are not, as in 2025-13-01
+        raise FormatError(f"it holds a value that YAML does not know: {error_line(error)}") from None
+
+
+def _read_bytes(path: Path, limit: int) -> bytes:
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise FormatError(f"it has more than {limit:,} bytes, the most that is read; it cannot be meant")
+    return content
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise FormatError(f"the key {shown(twice)} is there twice; leave one of them")
+    return found
+
+
+def _refuse_constant(name: str) -> Any:
+    raise FormatError(f"{name} is no JSON; give a finite number, or null")
+
+
+class CheckedLoader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, and counts what aliases stand for before anything is built."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._count, self._depth = 0, 0
+        self._sizes: dict[int, int] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """A node, counted; of an alias all that it stands for."""
+        alias, before = self.check_event(yaml.AliasEvent), self._count
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise FormatError(f"it nests more than {DEEPEST} levels deep; no file here needs so many")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is not None and alias and id(node) not in self._sizes:
+            raise FormatError(f"line {node.start_mark.line + 1} holds an alias of a value within itself; write it out")
+        self._count += self._sizes[id(node)] if alias else 1
+        if self._count > MOST_NODES:
+            raise FormatError(
+                f"it holds more than {MOST_NODES:,} values, aliases written out; no file here needs so many"
+            )
+        if not alias:
+            self._sizes[id(node)] = self._count - before
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """A mapping whose keys differ."""
+        node = super().compose_mapping_node(anchor)
+        seen: set[Hashable] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name = self.construct_object(key)
+            if name in seen:
+                raise FormatError(f"line {key.start_mark.line + 1}: the key {shown(name)} is there twice; leave one")
+            seen.add(name)
+        return node
+
+
+CheckedLoader.add_implicit_resolver(  # YAML 1.1, PyYAML's, takes 1e-4 for a text
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$", re.ASCII), list("-+.0123456789")
+)

@@ -6,10 +6,9 @@ one set and scored on another, and no instance is in both.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -17,20 +16,20 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from unlearn_gym.errors import SettingsError, error_line
-from unlearn_gym.files import write_json
+from unlearn_gym.errors import SettingsError, error_line, shown
+from unlearn_gym.files import FormatError, read_json, read_yaml, write_json
 from unlearn_gym.settings import RunSettings, describe_validation_error
 from unlearn_gym.tasks import Task, TaskData, get_task, load_data
+from unlearn_gym.values import Checked
 
 INSTANCES = Path(str(files("unlearn_gym"))) / "assets" / "instances"
 SPLITS = ("train", "test")
 CHANGED_SETTINGS = ("forget_scale", "learning_rate", "horizon")
 
 
-class Instance(BaseModel):
+class Instance(Checked):
     """What one episode unlearns; None leaves the task's or the environment's own value.
 
     ``num_forget`` of the task's forget samples are to be forgotten, chosen by ``forget_seed``: 1 for a single image.
@@ -61,7 +60,7 @@ class Instance(BaseModel):
             return cls.model_validate({"task": value} if isinstance(value, str) else value)
         except ValidationError as error:
             reason = describe_validation_error(error, cls.model_fields)
-            raise SettingsError(f"instance {value!r}: {reason}") from None
+            raise SettingsError(f"instance {shown(value)}: {reason}") from None
 
     def settings(self, task: Task, options: dict[str, Any]) -> RunSettings:
         """The task's settings with an environment's ``options``, and what the instance changes."""
@@ -86,7 +85,7 @@ class Instance(BaseModel):
         return self.model_dump(exclude_none=True)
 
 
-class Ranges(BaseModel):
+class Ranges(Checked):
     """What ``count`` instances are drawn from: ``tasks`` equally often, numbers log-uniformly between two bounds.
 
     ``learning_rate`` is in units of the task's own, ``num_forget`` a share of the task's forget set.
@@ -94,7 +93,7 @@ class Ranges(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    count: int = Field(ge=1)
+    count: int = Field(ge=1, le=100_000, description="each is held in memory and written out")
     tasks: tuple[str, ...] = Field(min_length=1)
     forget_scale: tuple[float, float] = (1.0, 1.0)
     learning_rate: tuple[float, float] = (1.0, 1.0)
@@ -126,7 +125,7 @@ class Ranges(BaseModel):
         )  # fmt: skip
 
 
-class InstanceRanges(BaseModel):
+class InstanceRanges(Checked):
     """A file of ``configs/instances``: what both sets are drawn from. No task may be in both."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -146,8 +145,8 @@ class InstanceRanges(BaseModel):
 def build_instances(ranges: Path, out: Path, command: str) -> dict[str, Any]:
     """Draw the sets that a YAML file describes and write them to ``out``; raises :class:`SettingsError`."""
     try:
-        described = InstanceRanges.model_validate(yaml.safe_load(ranges.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        described = InstanceRanges.model_validate(read_yaml(ranges))
+    except (OSError, FormatError) as error:
         raise SettingsError(f"cannot read {ranges} ({error_line(error)}); name a YAML file") from None
     except ValidationError as error:
         known = [*InstanceRanges.model_fields, *Ranges.model_fields]
@@ -168,20 +167,24 @@ def load_instances(value: str | os.PathLike[str] | Sequence[Any]) -> tuple[Insta
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if not isinstance(value, str):
+        if not isinstance(value, Iterable) or isinstance(value, Mapping | bytes):
+            raise SettingsError(f"instances={shown(value)} must be the name of a set, or a list of instances")
         found = tuple(Instance.parse(one) for one in value)
     else:
         name, slash, split = value.rpartition("/")
         if not slash or split not in SPLITS:
             raise SettingsError(
-                f"instances={value!r} must end in /train or /test, as in {shipped_sets()[0] + '/train'!r}"
+                f"instances={shown(value)} must end in /train or /test, as in {shipped_sets()[0] + '/train'!r}"
             )
         path = Path(name) if name.endswith(".json") else INSTANCES / f"{name}.json"
         if not path.is_file():
-            raise SettingsError(f"there are no instances {name!r}; known: {', '.join(shipped_sets())}, or a .json file")
+            raise SettingsError(
+                f"there are no instances {shown(name)}; known: {', '.join(shipped_sets())}, or a .json file"
+            )
         try:
-            content = json.loads(path.read_text())
+            content = read_json(path)
             sets = {s: tuple(Instance.parse(one) for one in content[s]) for s in SPLITS}
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise SettingsError(
                 f"{path} holds no instances ({error_line(error)}); it must be "
                 '{"train": [{"task": ...}, ...], "test": [...]}'
@@ -191,7 +194,7 @@ def load_instances(value: str | os.PathLike[str] | Sequence[Any]) -> tuple[Insta
             raise SettingsError(f"{path}: task {min(both)!r} is in both sets; an agent's test must be new to it")
         found = sets[split]
     if not found:
-        raise SettingsError(f"instances={value!r} is empty; name at least one")
+        raise SettingsError(f"instances={shown(value)} is empty; name at least one")
     return found
 
 

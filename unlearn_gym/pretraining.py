@@ -14,19 +14,23 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from unlearn_gym.errors import WeightsError
+from unlearn_gym.errors import WeightsError, shown
 from unlearn_gym.families import family_of
 from unlearn_gym.files import sha256, write_json
+from unlearn_gym.memory import bytes_per_sample, check_memory
 from unlearn_gym.models.flat import FlatParameters
 from unlearn_gym.models.weights import read_tensors, save_weights
 from unlearn_gym.tasks import Task, TaskData, to_model_range
 from unlearn_gym.tasks.probe import set_losses
 from unlearn_gym.torch_state import initial_weights_from, insulated
+from unlearn_gym.values import Checked
 
 PROBE_SIZE = 1000
+MEASURED_BATCH = 1024
+"""Above this batch size what an update takes in memory is measured first."""
 
 
-class PretrainSettings(BaseModel):
+class PretrainSettings(Checked):
     """AdamW with a one-cycle learning rate and an averaged copy, on the family's loss: a DDPM's noise-prediction loss,
     a VAE's negative ELBO.
     """
@@ -74,17 +78,25 @@ class Pretraining:
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.fingerprint = _fingerprint(task, samples, labels, settings)
         self.done = 0
+        if settings.batch_size > MEASURED_BATCH:
+            other = torch.Generator().manual_seed(0)
+            needed = settings.batch_size * bytes_per_sample(lambda size: self._loss(size, other))
+            check_memory(needed, f"batch_size={shown(settings.batch_size)}")
+
+    def _loss(self, size: int, generator: torch.Generator) -> Tensor:
+        """The loss of a batch, 0-dim, with its graph."""
+        index = torch.randint(len(self.samples), (size,), generator=generator)
+        x = to_model_range(self.samples[index])
+        timesteps = torch.randint(len(self.alphas_cumprod), (size,), generator=generator)
+        noise = torch.randn((size, *self.family.noise_shape(self.model, x.shape[1:])), generator=generator)
+        labels = None if self.labels is None else self.labels[index]
+        return self.family.errors(self.model, x, labels, noise, timesteps, self.alphas_cumprod).mean()
 
     @insulated
     def update(self) -> Tensor:
         """One optimizer step; returns the batch's loss as a scalar tensor."""
-        s, generator = self.settings, self.generator
-        index = torch.randint(len(self.samples), (s.batch_size,), generator=generator)
-        x = to_model_range(self.samples[index])
-        timesteps = torch.randint(len(self.alphas_cumprod), (s.batch_size,), generator=generator)
-        noise = torch.randn((s.batch_size, *self.family.noise_shape(self.model, x.shape[1:])), generator=generator)
-        labels = None if self.labels is None else self.labels[index]
-        loss = self.family.errors(self.model, x, labels, noise, timesteps, self.alphas_cumprod).mean()
+        s = self.settings
+        loss = self._loss(s.batch_size, self.generator)
         self.gradient.zero_()
         loss.backward()
         nn.utils.clip_grad_norm_([self.flat.vector], 1.0)

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unlearn_gym import siss
-from unlearn_gym.errors import RunError
+from unlearn_gym.errors import RunError, shown
 from unlearn_gym.families import family_of
+from unlearn_gym.memory import bytes_per_sample, check_memory
 from unlearn_gym.models.flat import FlatParameters, detached_copy, optimizer_state, restore_optimizer
 from unlearn_gym.objectives import Context, Learner, OwnPasses, Passes, get_objective
 from unlearn_gym.settings import RunSettings
@@ -34,8 +35,11 @@ from unlearn_gym.step import (
 )  # fmt: skip
 from unlearn_gym.tasks.data import TaskData, to_model_range
 from unlearn_gym.torch_state import insulated, out_of_inference_mode
+from unlearn_gym.values import is_real
 
 PROBE_SIZE = 64
+MEASURED_BATCH = 64
+"""Above this batch size what an update takes in memory is measured first: it costs a small part of an update."""
 SPLIT_LIMIT = 1.5
 """Largest share of samples, both sides counted, at which two passes of a part each are cheaper than three of all."""
 
@@ -138,6 +142,28 @@ class UnlearningRun:
         self.diverged = False
         self.seed(seed)
         self._probe = self._draw_probe()
+        if settings.batch_size > MEASURED_BATCH:
+            check_memory(self.update_bytes, f"batch_size={shown(settings.batch_size)}", device)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the model, its gradients and the optimizer's state."""
+        vectors = self.flat.vector.nbytes * (6 if self.learner is None else 10)
+        return vectors + sum(tensor.nbytes for tensor in self.model.state_dict().values())
+
+    @property
+    @insulated
+    def update_bytes(self) -> int:
+        """About the bytes that an update's graph takes, measured on a few samples of no stream."""
+        generator = torch.Generator(self.generator.device).manual_seed(0)
+        value = torch.full((), 0.5, device=generator.device)
+
+        def passes(size: int) -> Measured:
+            batch = draw_batch(self.data, size, len(self.alphas_cumprod), generator, self._noise_shape)
+            batch = self.objective.complete(batch, self.data, self._prepared, generator)
+            return self._separate_gradients(batch, value, None)
+
+        return self.settings.batch_size * bytes_per_sample(passes)
 
     @insulated
     def __reduce__(self) -> tuple[Any, ...]:
@@ -216,6 +242,8 @@ class UnlearningRun:
 
     def check(self, lambda_: float) -> None:
         """Raise :class:`RunError` when an update at ``lambda_`` cannot be made."""
+        if not is_real(lambda_):
+            raise RunError(f"lambda_={shown(lambda_)} must be a number in [0, 1]")
         if not 0.0 <= lambda_ <= 1.0:
             raise RunError(f"lambda_={lambda_} must lie in [0, 1]")
         if self.diverged:

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from unlearn_gym.errors import SettingsError, UnknownOptionError, error_line
+from unlearn_gym.errors import SettingsError, UnknownOptionError, error_line, shown
+from unlearn_gym.values import Checked
 
 MAKER_ARGUMENTS = {
     **dict.fromkeys(("task", "instances", "render_mode", "data_root", "download"), "gym.make and gym.make_vec"),
@@ -38,16 +39,19 @@ PRESETS: dict[str, dict[str, Any]] = {
 preset go before it; the size of the run (``batch_size``, ``learning_rate``, ``horizon``) is not part of one."""
 
 
+LONGEST_HORIZON = 1_000_000
+
+
 def usable_device(name: str) -> str:
     """``name`` itself; raises :class:`SettingsError` where torch has no such device here."""
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(f"device {name!r} cannot be used here ({error_line(error)}); try 'cpu'") from None
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise SettingsError(f"device {shown(name)} cannot be used here ({error_line(error)}); try 'cpu'") from None
     return name
 
 
-class RunSettings(BaseModel):
+class RunSettings(Checked):
     """Options of :class:`unlearn_gym.run.UnlearningRun` and of the environment around it.
 
     ``objective``: what an update minimises, see :mod:`unlearn_gym.objectives`; all but ``"siss"`` are baselines.
@@ -132,8 +136,8 @@ class RunSettings(BaseModel):
     @field_validator("grad_norms")
     @classmethod
     def _exact_or_every(cls, value: str) -> str:
-        if not re.fullmatch(r"exact|every:[1-9]\d*", value):
-            raise ValueError("must be 'exact' or 'every:k' with a whole k of at least 1, as in 'every:4'")
+        if not re.fullmatch(r"exact|every:[1-9][0-9]{0,6}", value):
+            raise ValueError("must be 'exact' or 'every:k' with a whole k from 1 to 9,999,999, as in 'every:4'")
         return value
 
     @field_validator("override_classes", mode="before")
@@ -142,12 +146,21 @@ class RunSettings(BaseModel):
         """Of a dict, as JSON or Python has it, its sorted pairs: settings are hashed."""
         try:
             pairs = value.items() if isinstance(value, dict) else value
-            return None if value is None else tuple(sorted((int(old), int(new)) for old, new in pairs))
+            # JSON has texts for keys
+            found = [(int(old) if isinstance(old, str) else old, new) for old, new in pairs or ()]
+            return None if value is None else tuple(sorted(found))
         except (TypeError, ValueError):
             raise ValueError(
                 "must map forgotten classes to others, as {3: 8}; on the command line "
                 """--option 'override_classes={"3": 8}'"""
             ) from None
+
+    @field_validator("horizon")
+    @classmethod
+    def _kept_in_memory(cls, value: int) -> int:
+        if value > LONGEST_HORIZON:
+            raise ValueError(f"must be at most {LONGEST_HORIZON:,}: an episode keeps what each of its updates measured")
+        return value
 
     @field_validator("device")
     @classmethod
@@ -208,7 +221,7 @@ class RunSettings(BaseModel):
             if name not in type(self).model_fields:
                 close = difflib.get_close_matches(name, arguments, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(arguments)}"
-                raise UnknownOptionError(f"got an unexpected keyword argument {name!r}; {hint}")
+                raise UnknownOptionError(f"got an unexpected keyword argument {shown(name)}; {hint}")
         try:
             return type(self).model_validate({**self.model_dump(), **options})
         except ValidationError as error:
@@ -225,5 +238,5 @@ def describe_validation_error(error: ValidationError, known: Iterable[str] = ())
     if first["type"] == "extra_forbidden":
         close = difflib.get_close_matches(str(first["loc"][-1]), list(known), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}" if known else ""
-        return f"there is no field {where!r}{hint}"
-    return f"{where}={first['input']!r}: {message}" if where else message
+        return f"there is no field {shown(where)}{hint}"
+    return f"{where}={shown(first['input'])}: {message}" if where else message

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from unlearn_gym.evaluation.statistics import Estimate
 from unlearn_gym.evaluation.tables import NOTHING, estimate_text, markdown_table, p_text
+from unlearn_gym.files import read_json
 from unlearn_gym.policies.registry import SHIPPED_AGENTS
 
 SCORES = SHIPPED_AGENTS / "scores.json"
@@ -16,7 +16,7 @@ SCORES = SHIPPED_AGENTS / "scores.json"
 
 def shipped_agents() -> dict[Path, dict[str, Any]]:
     """The manifest of every agent that ships."""
-    return {path: json.loads(path.with_suffix(".json").read_text()) for path in sorted(SHIPPED_AGENTS.glob("*/*.zip"))}
+    return {path: read_json(path.with_suffix(".json")) for path in sorted(SHIPPED_AGENTS.glob("*/*.zip"))}
 
 
 def steps_to_best_static(manifest: dict[str, Any]) -> int | None:
@@ -46,7 +46,7 @@ def training_table() -> str:
 
 def score_table() -> str:
     """Every agent's score on test instances less the best static λ's of the set by hindsight."""
-    scores = json.loads(SCORES.read_text())["agents"]
+    scores = read_json(SCORES)["agents"]
     sets = list(dict.fromkeys(name for found in scores.values() for name in found))
     rows = []
     for path, manifest in shipped_agents().items():

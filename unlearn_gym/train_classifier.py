@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unlearn_gym.errors import SettingsError, shown
 from unlearn_gym.files import sha256, write_json
+from unlearn_gym.memory import check_memory
 from unlearn_gym.models.classifier import NUM_DIGITS, TROUSERS, DigitGarmentClassifier
 from unlearn_gym.models.weights import save_weights
 from unlearn_gym.pretraining import one_cycle
@@ -67,7 +69,13 @@ def train_classifier(
     command: str = "",
     progress: Callable[[int, int, float], None] | None = None,
 ) -> dict[str, Any]:
-    """Write ``classifier.safetensors`` and its manifest ``classifier.json`` to ``out``."""
+    """Write ``classifier.safetensors`` and its manifest ``classifier.json`` to ``out``.
+
+    All updates' batches are chosen at the start. Raises ``SettingsError`` where that is more than memory holds.
+    """
+    if updates < 1 or batch_size < 1:
+        raise SettingsError(f"updates={shown(updates)} and batch_size={shown(batch_size)} must be at least 1")
+    check_memory(2 * 8 * updates * batch_size, f"updates={shown(updates)}, batch_size={shown(batch_size)}")
     images, labels = labelled_images(root, train=True, download=download)
     weights = (1.0 / torch.bincount(labels).float())[labels]
     generator = torch.Generator().manual_seed(seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import unlearn_gym
 from unlearn_gym.benchmark import evaluation, growth, objectives, observation, step, tried, vector
 from unlearn_gym.benchmark.figures import Figure, markdown
 from unlearn_gym.errors import SettingsError
-from unlearn_gym.files import write_json
+from unlearn_gym.files import read_json, write_json
 from unlearn_gym.tasks import get_task
 
 ITEMS = {
@@ -163,7 +162,7 @@ def _provenance(device: str) -> dict[str, Any]:
 
 def load(folder: Path) -> dict[str, Any]:
     """What :func:`run_suite` wrote to ``folder``."""
-    result: dict[str, Any] = json.loads((folder / "bench.json").read_text())
+    result: dict[str, Any] = read_json(folder / "bench.json")
     return result
 
 

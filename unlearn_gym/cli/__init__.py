@@ -33,10 +33,11 @@ def main() -> None:
     """Entry point: a known error becomes one line on stderr and exit status 2."""
     from pydantic import ValidationError
 
-    from unlearn_gym.errors import UnlearnGymError, line_with_log
+    from unlearn_gym.errors import UnlearnGymError, check_texts, line_with_log
     from unlearn_gym.settings import describe_validation_error
 
     try:
+        check_texts(sys.argv)
         with signals_as_interrupts():
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="unlearn-gym")
     except UnlearnGymError as error:
@@ -52,5 +53,7 @@ def main() -> None:
 
 
 def _fail(message: str, status: int = 2) -> int:
-    print(f"unlearn-gym: {message}", file=sys.stderr)
+    from unlearn_gym.errors import one_line
+
+    print(f"unlearn-gym: {one_line(message)}", file=sys.stderr)
     return status

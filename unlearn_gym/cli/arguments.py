@@ -32,6 +32,10 @@ DataRoot = Annotated[
 ]
 
 
+MOST_THREADS = 1024
+"""More than any machine has use for, and no more than systems start."""
+
+
 def invocation() -> str:
     """This invocation, as it goes into a manifest."""
     return shlex.join(["unlearn-gym", *sys.argv[1:]])
@@ -55,13 +59,13 @@ def training_bar(description: str) -> Callable[[int, int, float], None]:
 
 def set_threads(threads: int | None) -> None:
     """Give torch so many threads; None leaves its choice."""
-    from unlearn_gym.errors import SettingsError
+    from unlearn_gym.errors import SettingsError, shown
 
     if threads is not None:
         import torch
 
-        if threads < 1:
-            raise SettingsError(f"threads={threads} must be at least 1")
+        if not 1 <= threads <= MOST_THREADS:
+            raise SettingsError(f"threads={shown(threads)} must lie in 1..{MOST_THREADS}")
 
         torch.set_num_threads(threads)
 
@@ -77,21 +81,24 @@ def required_root(data_root: Path | None) -> Path:
     return root
 
 
-def parse_options(texts: tuple[str, ...]) -> dict[str, Any]:
-    """``name=value`` each, the value as JSON where it is JSON; raises ``SettingsError``."""
-    import json
+WORDS = {"True": True, "False": False, "None": None}
+"""What options may be in Python's words."""
 
-    from unlearn_gym.errors import SettingsError
+
+def parse_options(texts: tuple[str, ...]) -> dict[str, Any]:
+    """``name=value`` each, the value as JSON or one of :data:`WORDS`, else as text; raises ``SettingsError``."""
+    from unlearn_gym.errors import SettingsError, shown
+    from unlearn_gym.files import FormatError, parse_json
     from unlearn_gym.settings import RunSettings
 
     options: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or name in options:
-            raise SettingsError(f"option {text!r} must be name=value, as in horizon=100, each name once")
+            raise SettingsError(f"option {shown(text)} must be name=value, as in horizon=100, each name once")
         try:
-            options[name] = json.loads(value)
-        except ValueError:
+            options[name] = WORDS[value] if value in WORDS else parse_json(value)
+        except FormatError:
             options[name] = value
         if name not in RunSettings.model_fields:
             RunSettings().override(**{name: options[name]})  # raises with the nearest name

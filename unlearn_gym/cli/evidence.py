@@ -52,7 +52,7 @@ def compare(
     trust: Trust = False,
 ) -> None:
     """Run every policy on the same seeds and batches, evaluate the final models, write a report; resumes."""
-    from unlearn_gym.evaluation.comparison import Comparison, default_policies, run_comparison
+    from unlearn_gym.evaluation.comparison import Comparison, default_policies, run_comparison, seed_range
     from unlearn_gym.evaluation.report import write_report
     from unlearn_gym.tasks import get_task, load_data, resolve_data_root
 
@@ -63,7 +63,7 @@ def compare(
     comparison = Comparison(
         task=task,
         policies=policies or default_policies(task, objective),
-        seeds=tuple(range(first_seed, first_seed + seeds)),
+        seeds=seed_range(first_seed, seeds),
         options=options,
         evaluation=_evaluation(forget_samples, quality_samples, likelihood_samples, inception_weights),
         data_root=None if root is None else str(root.resolve()),

@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from unlearn_gym.envs.vector import SISSUnlearnVectorEnv
 from unlearn_gym.errors import SettingsError
+from unlearn_gym.values import numbers_of
 
 
 class SB3VecEnv(VecEnv):
@@ -47,7 +48,9 @@ class SB3VecEnv(VecEnv):
         return obs
 
     def step_async(self, actions: NDArray[Any]) -> None:
-        """Keep the actions ``(N, 1)`` for :meth:`step_wait`."""
+        """Keep the actions ``(N, 1)`` for :meth:`step_wait`; raises ``ActionError`` for what is none."""
+        if not isinstance(actions, np.ndarray) or actions.dtype.kind != "f":
+            actions = np.array(numbers_of(actions, self.num_envs), dtype=np.float32)[:, None]
         self._actions = self._to_lambda(actions) if self.rescale_actions else actions
 
     def step_wait(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unlearn_gym.envs.features import FEATURE_CLIP, ExtendedFeatures
-from unlearn_gym.errors import ActionError, SettingsError
+from unlearn_gym.errors import ActionError, SettingsError, shown
 from unlearn_gym.instances import Instance, load_instances
 from unlearn_gym.objectives import get_objective
 from unlearn_gym.run import Snapshot, UnlearningRun
@@ -24,23 +24,25 @@ from unlearn_gym.step import FEATURES, StepTerms
 from unlearn_gym.tasks import Task, TaskData, get_task, load_data
 from unlearn_gym.tasks.saving import save_model
 from unlearn_gym.torch_state import insulated
+from unlearn_gym.values import is_whole, one_number
 
 ACTION_TOLERANCE = 1e-6
 DEFAULT_TASK = "mnist-trousers"
 
 
 def parse_action(action: Any, lambda_min: float, lambda_max: float) -> float:
-    """The one λ in ``action``, a number or an array of one; raises :class:`ActionError`."""
-    try:
-        values = np.asarray(action, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise ActionError(f"action {action!r} is not a number; give one λ") from None
-    if values.size != 1 or values.ndim > 1:
-        raise ActionError(f"action has shape {values.shape}; give one λ, as a number or an array of shape (1,)")
-    lambda_ = float(values.reshape(()))
+    """The one λ in ``action``, see :func:`unlearn_gym.values.one_number`; raises :class:`ActionError`."""
+    lambda_ = one_number(action)
     if not lambda_min - ACTION_TOLERANCE <= lambda_ <= lambda_max + ACTION_TOLERANCE:
         raise ActionError(f"λ={lambda_} must lie in [{lambda_min}, {lambda_max}]")
     return min(max(lambda_, lambda_min), lambda_max)
+
+
+def reset_options(options: Any) -> dict[str, Any]:
+    """The options of a reset as a dict of the caller's own; raises :class:`SettingsError` for what is none."""
+    if options is not None and not isinstance(options, Mapping):
+        raise SettingsError(f"reset's options={shown(options)} must be a dict or None")
+    return dict(options or {})
 
 
 def _feature_scale(task: Task, run: UnlearningRun) -> NDArray[np.float64]:
@@ -145,13 +147,20 @@ standard deviation there; F = 64 for MNIST, 2 for points, 0 without a classifier
         **options: Any,
     ) -> None:
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            raise SettingsError(f"render_mode={render_mode!r} must be one of {self.metadata['render_modes']} or None")
+            raise SettingsError(
+                f"render_mode={shown(render_mode)} must be one of {self.metadata['render_modes']} or None"
+            )
+        if task is not None and not isinstance(task, str):
+            raise SettingsError(f"task={shown(task)} must be a task's name, as {DEFAULT_TASK!r}")
         if task is not None and instances is not None:
             raise SettingsError(f"task={task!r} beside instances=: give one of them")
+        if not isinstance(download, bool | np.bool_):
+            raise SettingsError(f"download={shown(download)} must be True or False")
         self.instances = None if instances is None else load_instances(instances)
         self.render_mode = render_mode
         self._options, self._data_root, self._download = options, data_root, download
-        self._enter(Instance.parse(task or (self.instances[0].task if self.instances else DEFAULT_TASK)))
+        first = self.instances[0].task if self.instances else DEFAULT_TASK
+        self._enter(Instance.parse(first if task is None else task))
         for instance in self.instances or ():
             self._read(instance)
         s = self.settings
@@ -197,15 +206,15 @@ standard deviation there; F = 64 for MNIST, 2 for points, 0 without a classifier
 
     def _named_instance(self, options: dict[str, Any]) -> Instance | None:
         """The instance that reset's ``options`` name, if they do."""
-        unknown = set(options) - {"instance"}
+        unknown = [name for name in options if name != "instance"]
         if unknown:
-            raise SettingsError(f"unknown reset options {sorted(unknown)}; this environment takes 'instance'")
-        named = options.get("instance")
-        if not isinstance(named, int | np.integer):
+            raise SettingsError(f"unknown reset options {shown(unknown)}; this environment takes 'instance'")
+        named: Any = options.get("instance")
+        if not is_whole(named):
             return None if named is None else Instance.parse(named)
         known = self.instances or ()
         if not 0 <= named < len(known):
-            raise SettingsError(f"instance={named}: this environment has a set of {len(known)}, numbered from 0")
+            raise SettingsError(f"instance={shown(named)}: this environment has a set of {len(known)}, numbered from 0")
         return known[int(named)]
 
     def _make_observation_space(self, s: RunSettings, extra: int) -> spaces.Box:
@@ -245,7 +254,7 @@ standard deviation there; F = 64 for MNIST, 2 for points, 0 without a classifier
         fields, a task's name, or a number in the environment's ``instances``. It is in ``info["instance"]`` and stays
         until another one is named; an environment with ``instances`` draws one for every episode.
         """
-        instance = self._named_instance(options or {})
+        instance = self._named_instance(reset_options(options))
         super().reset(seed=seed)
         if instance is None and self.instances:
             instance = self.instances[self.np_random.integers(len(self.instances))]

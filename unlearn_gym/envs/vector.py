@@ -18,12 +18,18 @@ from numpy.typing import NDArray
 
 from unlearn_gym.envs.group import EnvGroup
 from unlearn_gym.envs.pool import WorkerPool
-from unlearn_gym.envs.siss_unlearn import SISSUnlearnEnv, parse_action
-from unlearn_gym.errors import ActionError, SettingsError
+from unlearn_gym.envs.siss_unlearn import SISSUnlearnEnv, parse_action, reset_options
+from unlearn_gym.errors import ActionError, SettingsError, shown
+from unlearn_gym.memory import PROCESS_BYTES, check_memory
 from unlearn_gym.tasks import resolve_data_root
 from unlearn_gym.torch_state import insulated
+from unlearn_gym.values import is_real, is_whole, numbers_of
 
 BACKENDS = ("auto", "processes", "stacked", "serial")
+LONGEST_TIMEOUT = 1_000_000
+"""Seconds; the operating system's own timers end at two million."""
+ENV_BYTES = 64 * 1024
+"""What an environment takes beside its run: spaces, generators, observations, history."""
 
 Array = NDArray[Any]
 
@@ -72,28 +78,33 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
         download: bool = False,
         **options: Any,
     ) -> None:
-        if not isinstance(num_envs, int | np.integer) or num_envs < 1:
-            raise SettingsError(f"num_envs={num_envs!r} must be a whole number of at least 1")
-        if num_workers is not None and not (isinstance(num_workers, int | np.integer) and 1 <= num_workers <= num_envs):
-            raise SettingsError(f"num_workers={num_workers!r} must lie in 1..num_envs={num_envs}")
-        if worker_timeout is not None and not worker_timeout > 0:
-            raise SettingsError(f"worker_timeout={worker_timeout!r} must be a number of seconds above 0, or None")
-        if backend not in BACKENDS:
-            raise SettingsError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
+        if not is_whole(num_envs) or num_envs < 1:
+            raise SettingsError(f"num_envs={shown(num_envs)} must be a whole number of at least 1")
+        if num_workers is not None and not (is_whole(num_workers) and 1 <= num_workers <= num_envs):
+            raise SettingsError(f"num_workers={shown(num_workers)} must lie in 1..num_envs={shown(num_envs)}")
+        if worker_timeout is not None and not _is_timeout(worker_timeout):
+            raise SettingsError(
+                f"worker_timeout={shown(worker_timeout)} must be a number of seconds above 0 and up to "
+                f"{LONGEST_TIMEOUT:,}, or None to wait for ever"
+            )
+        if not isinstance(backend, str) or backend not in BACKENDS:
+            raise SettingsError(f"backend={shown(backend)} must be one of {', '.join(BACKENDS)}")
         mode = _parse_mode(autoreset_mode)
         options = {"instances": instances, "render_mode": render_mode, **options}
         first = SISSUnlearnEnv(task, data_root=data_root, download=download, **options)
+        num_envs = int(num_envs)
         self.num_envs, self.render_mode, self.settings = num_envs, render_mode, first.settings
+        self.backend = self._choose(backend, num_workers, instances is not None)
+        cores = joblib.cpu_count()
+        workers = min(int(num_workers or cores), num_envs) if self.backend == "processes" else 0
+        _check_size(first, num_envs, workers, stacked=self.backend == "stacked")
         self.metadata = {**SISSUnlearnEnv.metadata, "autoreset_mode": mode}
         self.single_observation_space, self.single_action_space = first.observation_space, first.action_space
         self.observation_space = batch_space(first.observation_space, num_envs)
         self.action_space = batch_space(first.action_space, num_envs)
-        self.backend = self._choose(backend, num_workers, instances is not None)
         root = resolve_data_root(data_root)
         self._data_root = None if root is None else str(root.resolve())
         if self.backend == "processes":
-            cores = joblib.cpu_count()
-            workers = min(num_workers or cores, num_envs)
             self.envs: EnvGroup | WorkerPool = WorkerPool(
                 first, self._data_root, options, num_envs, mode,
                 num_workers=workers, threads=max(1, cores // workers), draw_seed=self._draw_seed,
@@ -136,10 +147,16 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
     ) -> tuple[NDArray[np.float32], list[dict[str, Any]]]:
         """As :meth:`reset`, with the infos as a list, one dict for each environment."""
         self._check_open()
-        options = dict(options or {})
-        mask = np.asarray(options.pop("reset_mask", np.ones(self.num_envs, dtype=np.bool_)))
+        options = reset_options(options)
+        given = options.pop("reset_mask", np.ones(self.num_envs, dtype=np.bool_))
+        try:
+            mask = np.asarray(given)
+        except (TypeError, ValueError, RuntimeError):  # of different lengths
+            mask = np.zeros(0, dtype=np.bool_)
         if mask.shape != (self.num_envs,) or mask.dtype != np.bool_ or not mask.any():
-            raise SettingsError(f"reset_mask={mask} must be {self.num_envs} booleans, at least one of them True")
+            raise SettingsError(
+                f"reset_mask={shown(given)} must be {self.num_envs} booleans, at least one of them True"
+            )
         seeds = self._spread(seed)
         asked = {i: seeds[i] for i in range(self.num_envs) if mask[i]}
         before = self._needs_reset.copy()
@@ -158,18 +175,18 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
         """The seed of each environment."""
         if seed is None:
             return [None] * self.num_envs
-        if isinstance(seed, int | np.integer):
+        if is_whole(seed):
             seeds: list[Any] = [int(seed) + i for i in range(self.num_envs)]
         elif isinstance(seed, list | tuple | np.ndarray):
-            seeds = [int(one) if isinstance(one, np.integer) else one for one in seed]
+            seeds = [int(one) if is_whole(one) else one for one in seed]
         else:
-            raise SettingsError(f"seed={seed!r} must be a whole number, or a list of one for each environment")
+            raise SettingsError(f"seed={shown(seed)} must be a whole number, or a list of one for each environment")
         if len(seeds) != self.num_envs:
             raise SettingsError(f"{len(seeds)} seeds for {self.num_envs} environments; give one for each")
         for one in seeds:
-            if one is not None and (not isinstance(one, int) or one < 0):
-                raise SettingsError(f"seed={one!r} must be a whole number of at least 0, or None")
-        if isinstance(seed, int | np.integer):
+            if one is not None and (not is_whole(one) or one < 0):
+                raise SettingsError(f"seed={shown(one)} must be a whole number of at least 0, or None")
+        if is_whole(seed):
             super().reset(seed=int(seed))  # for what this class draws itself
         return seeds
 
@@ -183,7 +200,9 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
         self._check_open()
         if self._needs_reset.any():
             indices = np.flatnonzero(self._needs_reset).tolist()
-            raise gym.error.ResetNeeded(f"environments {indices} have no episode; call reset() before the next step")
+            raise gym.error.ResetNeeded(
+                f"environments {shown(indices)} have no episode; call reset() before the next step"
+            )
         lambdas = self._parse(actions)
         try:
             outcomes = self.envs.step(lambdas)
@@ -200,12 +219,8 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
         )  # fmt: skip
 
     def _parse(self, actions: Any) -> list[float]:
-        if np.ndim(actions) < 1 or len(actions) != self.num_envs:
-            raise ActionError(
-                f"actions of shape {np.shape(actions)}; give one λ for each of {self.num_envs} environments"
-            )
         lambdas = []
-        for i, action in enumerate(actions):
+        for i, action in enumerate(numbers_of(actions, self.num_envs)):
             try:
                 lambdas.append(parse_action(action, self.settings.lambda_min, self.settings.lambda_max))
             except ActionError as error:
@@ -261,9 +276,23 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
             self.envs.close()
 
 
+def _is_timeout(value: Any) -> bool:
+    return is_real(value) and 0 < value <= LONGEST_TIMEOUT
+
+
+def _check_size(first: SISSUnlearnEnv, num_envs: int, workers: int, *, stacked: bool) -> None:
+    """Raise :class:`SettingsError` where ``num_envs`` environments like ``first`` do not go into memory."""
+    device, name = first.settings.device, f"num_envs={shown(num_envs)}"
+    if num_envs > 1:
+        check_memory(num_envs * first.run.state_bytes, name, device)
+        check_memory(num_envs * ENV_BYTES + workers * PROCESS_BYTES, f"{name}, num_workers={workers}")
+    if stacked:
+        check_memory(num_envs * first.run.update_bytes, f"{name}, batch_size={first.settings.batch_size}", device)
+
+
 def _parse_mode(mode: AutoresetMode | str) -> AutoresetMode:
     try:
         return AutoresetMode(mode)
     except ValueError:
         known = ", ".join(repr(m.value) for m in AutoresetMode)
-        raise SettingsError(f"autoreset_mode={mode!r} must be one of {known}") from None
+        raise SettingsError(f"autoreset_mode={shown(mode)} must be one of {known}") from None

@@ -19,7 +19,7 @@ import torch
 
 import unlearn_gym
 from unlearn_gym.engines import run_calls
-from unlearn_gym.errors import PolicyError, ResultsError, SettingsError, TaskError
+from unlearn_gym.errors import PolicyError, ResultsError, SettingsError, TaskError, shown
 from unlearn_gym.evaluation.cell import (
     FINETUNE,
     REFERENCES,
@@ -33,7 +33,7 @@ from unlearn_gym.evaluation.episode import policy_context, run_episode
 from unlearn_gym.evaluation.judge import EvaluationSettings, Judge
 from unlearn_gym.evaluation.results import CELL_FORMAT, Results, load_results
 from unlearn_gym.evaluation.store import CellStore
-from unlearn_gym.files import sha256, write_json
+from unlearn_gym.files import read_json, sha256, write_json
 from unlearn_gym.models.classifier import CLASSIFIER_WEIGHTS
 from unlearn_gym.objectives import lambda_role
 from unlearn_gym.policies import existing_sources, make_policy, policy_sources, split_name
@@ -46,6 +46,8 @@ DEFAULT_POLICIES = (
     "ppo", "ppo-potential",
 )  # fmt: skip
 
+MOST_SEEDS = 10_000
+"""Each is a run of every policy and a file; a hundred give intervals that no reader tells from narrower ones."""
 MIXTURE_ONLY = "variational:variance"
 """Moments of a gradient under other λ: for objectives that draw from a mixture."""
 KEY_FILES = ("*.safetensors", "constants.json")
@@ -62,6 +64,13 @@ def default_policies(task: str, objective: str = "siss") -> tuple[str, ...]:
     """
     shipped = (p for p in DEFAULT_POLICIES if all(path.is_file() for path in policy_sources(p, task)))
     return tuple(p for p in shipped if p != MIXTURE_ONLY or lambda_role(objective) == "mixture")
+
+
+def seed_range(first: int, count: int) -> tuple[int, ...]:
+    """``count`` seeds from ``first`` on; raises :class:`ResultsError` before there are too many of them."""
+    if not 1 <= count <= MOST_SEEDS:
+        raise ResultsError(f"seeds={shown(count)} must lie in 1..{MOST_SEEDS}: each is a run and a file of its own")
+    return tuple(range(first, first + count))
 
 
 @dataclass(frozen=True)
@@ -98,14 +107,21 @@ class Comparison:
         for name, values in (("policies", self.policies), ("seeds", self.seeds)):
             if not values:
                 raise ResultsError(f"{name} is empty; name at least one")
+            if len(values) > MOST_SEEDS:
+                raise ResultsError(
+                    f"{len(values)} {name} are more than {MOST_SEEDS}; each is a run and a file of its own"
+                )
             twice = [value for value, count in Counter(values).items() if count > 1]
             if twice:
-                raise ResultsError(f"{name} names {twice[0]!r} twice; each must be there once")
+                raise ResultsError(f"{name} names {shown(twice[0])} twice; each must be there once")
         if min(self.seeds) < 0:
-            raise ResultsError(f"seed {min(self.seeds)} is negative; seeds begin at 0")
+            raise ResultsError(f"seed {shown(min(self.seeds))} is negative; seeds begin at 0")
+        if max(self.seeds) >= 2**63:
+            raise ResultsError(f"seed {shown(max(self.seeds))} is more than torch's generators take; stay below 2^63")
         self.evaluation.validate()
         get_task(self.task).settings.override(**self.options)
         get_task(self.task).check_pretrained()  # before its data, which may be large
+        self.evaluation.check_memory(load_data(get_task(self.task), self.data_root))
         for policy in self.policies:
             if policy in REFERENCES:
                 raise PolicyError(f"{policy!r} is in every comparison already; leave it out of the policies")
@@ -259,7 +275,7 @@ def agent_training(policy: str, task: str) -> dict[str, Any] | None:
     manifests = [p.with_suffix(".json") for p in policy_sources(policy, task) if p.suffix == ".zip"]
     if not manifests or not manifests[0].is_file():
         return None
-    trained = json.loads(manifests[0].read_text())
+    trained = read_json(manifests[0])
     return {key: trained.get(key) for key in ("seconds", "timesteps", "reward", "seed", "task")}
 
 

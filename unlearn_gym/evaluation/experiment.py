@@ -8,13 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from unlearn_gym.errors import ResultsError, UnlearnGymError
+from unlearn_gym.errors import ResultsError, UnlearnGymError, shown
 from unlearn_gym.evaluation.catalogue import BY_NAME
 from unlearn_gym.evaluation.cell import REFERENCES, UNTOUCHED
-from unlearn_gym.evaluation.comparison import Comparison, finished_cells, run_comparison
+from unlearn_gym.evaluation.comparison import MOST_SEEDS, Comparison, finished_cells, run_comparison
 from unlearn_gym.evaluation.judge import EvaluationSettings
 from unlearn_gym.evaluation.report import MERITS, hours, reward_correlations, write_report
 from unlearn_gym.evaluation.results import Results, load_results, merge_results
@@ -29,7 +28,9 @@ from unlearn_gym.evaluation.tables import (
     markdown_table,
     p_text,
 )
+from unlearn_gym.files import FormatError, read_yaml
 from unlearn_gym.settings import describe_validation_error
+from unlearn_gym.values import Checked
 
 EXPERIMENTS = Path("configs/experiments")
 BESIDE_ORACLE = (
@@ -41,7 +42,7 @@ ACROSS = ("forget_rate", "forget_loss", "retain_loss", "score", "mean_lambda")
 Progress = Callable[[str], Callable[[dict[str, Any] | None, int, int], None]]
 
 
-class Arm(BaseModel):
+class Arm(Checked):
     """One comparison of an experiment: a task, its policies, and run settings other than the task's own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,29 +50,29 @@ class Arm(BaseModel):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
     task: str
     policies: tuple[str, ...]
-    options: dict[str, Any] = {}
-    seeds: int | None = Field(None, ge=1, description="None: as many as the experiment has")
+    options: dict[str, Any] = Field({})
+    seeds: int | None = Field(None, ge=1, le=MOST_SEEDS, description="None: as many as the experiment has")
 
 
-class Quick(BaseModel):
+class Quick(Checked):
     """The small size of an experiment: everything it replaces, and which arms it keeps (default: all)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    seeds: int = Field(2, ge=1)
+    seeds: int = Field(2, ge=1, le=MOST_SEEDS)
     num_samples: int = Field(250, ge=200)
     num_likelihood_samples: int = Field(0, ge=0)
-    options: dict[str, Any] = {"horizon": 12}
+    options: dict[str, Any] = Field({"horizon": 12})
     arms: tuple[str, ...] = ()
 
 
-class Experiment(BaseModel):
+class Experiment(Checked):
     """A question, and the comparisons that are to answer it; or, with ``merge``, the experiments whose results do."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     question: str
-    seeds: int = Field(10, ge=1)
+    seeds: int = Field(10, ge=1, le=MOST_SEEDS)
     num_samples: int = Field(500, ge=200, description="of either kind, for each model")
     num_likelihood_samples: int = Field(0, ge=0, description="of the forget set and of held-out retain data, for each")
     arms: tuple[Arm, ...] = ()
@@ -114,11 +115,11 @@ def load_experiment(name: str) -> Experiment:
         known = sorted(p.stem for p in EXPERIMENTS.glob("*.yaml"))
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known) or 'none'}"
-        raise ResultsError(f"no experiment {name!r}; {hint} (from {EXPERIMENTS}, or a path to a .yaml file)")
+        raise ResultsError(f"no experiment {shown(name)}; {hint} (from {EXPERIMENTS}, or a path to a .yaml file)")
     try:
-        return Experiment.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ResultsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        return Experiment.model_validate(read_yaml(path))
+    except FormatError as error:
+        raise ResultsError(f"{path}: {error}") from None
     except ValidationError as error:
         known = [*Experiment.model_fields, *Arm.model_fields, *Quick.model_fields]
         raise ResultsError(f"{path}: {describe_validation_error(error, known)}") from None

@@ -12,14 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unlearn_gym.errors import ResultsError
+from unlearn_gym.errors import ResultsError, shown
 from unlearn_gym.evaluation.forgetting import copy_threshold, nearest
 from unlearn_gym.evaluation.inception import check_weights
 from unlearn_gym.evaluation.quality import KID_SUBSET_SIZE
 from unlearn_gym.families import Family, family_of
+from unlearn_gym.memory import check_memory
 from unlearn_gym.tasks import Task, TaskData, to_model_range
 from unlearn_gym.tasks.probe import equally, learned_labels
 from unlearn_gym.torch_state import insulated
+
+SAMPLE_COPIES = 3
+"""Samples are held as they are drawn, as one tensor, and once more where they are compared."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +46,24 @@ class EvaluationSettings:
     def validate(self) -> None:
         """Raise :class:`ResultsError` for sizes from which a metric cannot be computed."""
         if self.num_forget_samples < 1:
-            raise ResultsError(f"num_forget_samples={self.num_forget_samples} (--forget-samples) must be at least 1")
+            raise ResultsError(
+                f"num_forget_samples={shown(self.num_forget_samples)} (--forget-samples) must be at least 1"
+            )
         if self.num_quality_samples < KID_SUBSET_SIZE:
             raise ResultsError(
-                f"num_quality_samples={self.num_quality_samples} (--quality-samples) is too few for KID; "
+                f"num_quality_samples={shown(self.num_quality_samples)} (--quality-samples) is too few for KID; "
                 f"take at least {KID_SUBSET_SIZE}"
             )
         if self.num_likelihood_samples < 0:
-            raise ResultsError(f"num_likelihood_samples={self.num_likelihood_samples} must be at least 0")
+            raise ResultsError(f"num_likelihood_samples={shown(self.num_likelihood_samples)} must be at least 0")
         if self.inception_weights is not None:
             check_weights(Path(self.inception_weights))
+
+    def check_memory(self, data: TaskData) -> None:
+        """Raise ``SettingsError`` where the samples do not go into memory."""
+        one = SAMPLE_COPIES * 4 * data.heldout[0].numel()
+        for name in ("num_forget_samples", "num_quality_samples", "num_likelihood_samples", "batch_size"):
+            check_memory(getattr(self, name) * one, f"{name}={shown(getattr(self, name))}")
 
 
 class Judged(NamedTuple):
@@ -94,6 +106,7 @@ class Judge:
 
     def __init__(self, task: Task, data: TaskData, settings: EvaluationSettings | None = None) -> None:
         self.task, self.data, self.settings = task, data, settings or EvaluationSettings()
+        self.settings.check_memory(data)
         self.alphas_cumprod = task.schedule.alphas_cumprod()
 
     @cached_property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from unlearn_gym.errors import ResultsError
 from unlearn_gym.evaluation.cell import FINETUNE, ORACLE, REFERENCES, UNTOUCHED
 from unlearn_gym.evaluation.matched import Probe, matched_levels
 from unlearn_gym.evaluation.statistics import Estimate, bootstrap_mean
+from unlearn_gym.files import read_json
 from unlearn_gym.settings import RunSettings
 
 CELL_FORMAT = 2
@@ -168,7 +168,7 @@ def load_results(folder: Path) -> Results:
     """The ``results.json`` of a finished comparison; raises :class:`ResultsError` when there is none."""
     path = folder / "results.json"
     try:
-        raw = json.loads(path.read_text())
+        raw = read_json(path)
     except OSError:
         raise ResultsError(f"no results.json in {folder}; finish 'unlearn-gym compare --out {folder}'") from None
     except ValueError as error:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from unlearn_gym.files import write_bytes, write_json
+from unlearn_gym.files import read_json, write_bytes, write_json
 
 Cell = dict[str, Any]
 
@@ -40,7 +39,7 @@ class CellStore:
         if (policy, seed, key) in self._known:
             return self._known[policy, seed, key]
         try:
-            cell: Cell = json.loads(self.path(policy, seed, key).read_text())
+            cell: Cell = read_json(self.path(policy, seed, key))
         except (OSError, ValueError):
             return None
         return cell if cell.get("key") == key else None

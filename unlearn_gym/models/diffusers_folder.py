@@ -7,7 +7,6 @@ A pipeline has its U-Net and scheduler in folders of their own, or, if it is old
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import secrets
 import shutil
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from unlearn_gym.diffusion import ScheduleConfig, ScheduleKind
 from unlearn_gym.errors import SettingsError, WeightsError
+from unlearn_gym.files import read_json
 from unlearn_gym.models.diffusers_unet import (
     ARCHITECTURES,
     PREDICTION_TYPES,
@@ -207,18 +207,14 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
     """The JSON object in a file of ``folder``."""
     path = folder / name
     try:
-        value = json.loads(path.read_text(), parse_constant=_refuse_constant)
+        value = read_json(path)
     except FileNotFoundError:
         raise WeightsError(f"no {name} in {folder}, which a saved pipeline has; restore it, or {SAVE}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise WeightsError(f"{path} is not readable JSON ({error}); restore it, or {SAVE}") from None
     if not isinstance(value, dict):
         raise WeightsError(f"{path} holds no JSON object; restore it, or {SAVE}")
     return value
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _read_scheduler_file(folder: Path, name: str, index: dict[str, Any]) -> dict[str, Any]:

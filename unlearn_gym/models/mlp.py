@@ -6,13 +6,14 @@ import itertools
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from unlearn_gym.models.unet import timestep_embedding
+from unlearn_gym.values import Checked
 
 
-class MLPConfig(BaseModel):
+class MLPConfig(Checked):
     """Size of an :class:`EpsilonMLP`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

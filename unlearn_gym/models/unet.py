@@ -8,11 +8,13 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from unlearn_gym.values import Checked
 
-class UNetConfig(BaseModel):
+
+class UNetConfig(Checked):
     """Size of a :class:`CompactUNet`; ``channels`` has one entry for each resolution."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -6,13 +6,15 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
+
+from unlearn_gym.values import Checked
 
 MAX_LOG_VARIANCE = 10.0
 
 
-class VAEConfig(BaseModel):
+class VAEConfig(Checked):
     """Size of a :class:`ConvVAE`; ``channels`` are those after each halving of the image.
 
     ``std``: the decoder's fixed standard deviation, in units of pixels in [-1, 1]; fixed, as a learned one lets a

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from unlearn_gym.values import one_number
+
 Observation = NDArray[np.float32]
 
 
@@ -72,4 +74,4 @@ class FunctionPolicy:
 
     def act(self, obs: Observation, info: dict[str, Any]) -> float:
         """The function's value."""
-        return float(np.asarray(self.function(obs)).reshape(()))
+        return one_number(self.function(obs))

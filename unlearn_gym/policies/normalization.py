@@ -20,7 +20,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from unlearn_gym import ENV_ID
 from unlearn_gym.errors import PolicyError, error_line
-from unlearn_gym.files import sha256
+from unlearn_gym.files import CheckedLoader, read_yaml, sha256
 from unlearn_gym.policies.base import Observation
 from unlearn_gym.policies.sb3_file import needs_pickles
 
@@ -235,7 +235,7 @@ def _array(part: Any) -> NDArray[np.float64]:
     return np.frombuffer(content, np.dtype(byte_order + code)).reshape(shape, order=order).astype(np.float64)
 
 
-class _PlainLoader(yaml.SafeLoader):
+class _PlainLoader(CheckedLoader):
     """Reads the zoo's files, whose tags name Python objects, as plain lists and texts."""
 
 
@@ -259,8 +259,8 @@ def _check_record(agent: Path) -> bool:
     if path is None:
         return False
     try:
-        record = TypeAdapter(dict[str, Any]).validate_python(yaml.load(path.read_bytes(), _PlainLoader))
-    except (yaml.YAMLError, ValidationError, TypeError, ValueError, RecursionError) as error:
+        record = TypeAdapter(dict[str, Any]).validate_python(read_yaml(path, _PlainLoader))
+    except (ValidationError, ValueError) as error:
         raise PolicyError(f"{path} is no record of a training by the zoo ({error_line(error)}); mend it") from None
     wrappers = [name for key in ("env_wrapper", "vec_env_wrapper") for name in _wrapper_names(record.get(key))]
     unknown = [name for name in wrappers if name not in {*HARMLESS_WRAPPERS, "VecNormalize"}]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import sys
 from importlib.resources import files
 from pathlib import Path
 
 from unlearn_gym.errors import PolicyError, UnlearnGymError
-from unlearn_gym.files import sha256
+from unlearn_gym.files import read_json, sha256
 from unlearn_gym.objectives import lambda_role
 from unlearn_gym.policies import open_loop, variational
 from unlearn_gym.policies.base import LambdaPolicy, PolicyContext
@@ -165,7 +164,7 @@ def _variational(spec: str, context: PolicyContext) -> LambdaPolicy:
 
 def _checked_shipped(path: Path) -> Path:
     """``path``, an agent that ships; raises :class:`PolicyError` unless it has the hash of its manifest."""
-    if path.is_file() and sha256(path) != json.loads(path.with_suffix(".json").read_text())["sha256"]:
+    if path.is_file() and sha256(path) != read_json(path.with_suffix(".json"))["sha256"]:
         raise PolicyError(f"{path} is not the agent that ships: its SHA-256 is another; install unlearn_gym again")
     return path
 

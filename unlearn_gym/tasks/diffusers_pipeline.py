@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unlearn_gym.errors import DataError, SettingsError, WeightsError
-from unlearn_gym.files import sha256, write_json
+from unlearn_gym.files import read_json, sha256, write_json
 from unlearn_gym.models.diffusers_folder import Source, read_folder
 from unlearn_gym.models.diffusers_unet import DiffusersConfig, DiffusersNetwork
 from unlearn_gym.models.weights import load_weights, read_tensors, save_weights
@@ -162,7 +162,7 @@ def _check_manifest(config: DiffusersConfig, assets: Path) -> None:
 def read_manifest(path: Path) -> dict[str, Any]:
     """What stands beside imported or trained weights; empty where nothing does. Raises :class:`WeightsError`."""
     try:
-        value = json.loads(path.read_text())
+        value = read_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

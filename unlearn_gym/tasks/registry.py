@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from unlearn_gym.diffusion import ScheduleConfig
-from unlearn_gym.errors import DataError, TaskError, WeightsError
+from unlearn_gym.errors import DataError, TaskError, WeightsError, shown
 from unlearn_gym.families import Family, family_of
+from unlearn_gym.files import read_json
 from unlearn_gym.models import MLPConfig, UNetConfig, VAEConfig, build_network
 from unlearn_gym.models.one_step import OneStepNetwork
 from unlearn_gym.models.weights import load_weights
 from unlearn_gym.settings import RunSettings, describe_validation_error
 from unlearn_gym.tasks.data import TaskData
 from unlearn_gym.torch_state import initial_weights_from, insulated
+from unlearn_gym.values import Checked
 
 DATA_ROOT_VARIABLE = "UNLEARN_GYM_DATA_ROOT"
 HOME_VARIABLE = "UNLEARN_GYM_HOME"
 
 
-class FeatureConstants(BaseModel):
+class FeatureConstants(Checked):
     """Measured scales of a task: x0 of each feature at λ = 0.5 with factors (1, 1), and the forget
     loss of a model that never saw the forget set (the oracle's; None where there is no oracle).
     """
@@ -192,7 +193,7 @@ class Task:
         path, shared = self.assets / "constants.json", self.pretrained_path.parent / "constants.json"
         borrowed = not path.is_file() and shared.is_file()
         try:
-            constants = FeatureConstants.model_validate(json.loads((shared if borrowed else path).read_text()))
+            constants = FeatureConstants.model_validate(read_json(shared if borrowed else path))
             return constants.model_copy(update={"unseen_forget_loss": None}) if borrowed else constants
         except FileNotFoundError:
             raise TaskError(
@@ -202,7 +203,7 @@ class Task:
         except ValidationError as error:
             raise TaskError(f"{path}: {describe_validation_error(error)}; measure it again") from None
         except ValueError as error:
-            raise TaskError(f"{path} is not JSON ({error}); measure it again") from None
+            raise TaskError(f"cannot read {path} ({error}); measure it again") from None
 
 
 @dataclass(frozen=True)
@@ -218,17 +219,18 @@ class TaskFamily:
 
     def member(self, text: str) -> Task:
         """The task that forgets the classes in ``text``, as in ``"1,3"``; raises :class:`TaskError`."""
+        given = shown(f"{self.name}:{text}")
         try:
             classes = tuple(sorted(int(part) for part in text.split(",")))
         except ValueError:
             classes = ()
         if not classes or len(set(classes)) < len(classes) or not 0 <= classes[0] <= classes[-1] < self.num_classes:
             raise TaskError(
-                f"task '{self.name}:{text}': after the colon name different classes in 0..{self.num_classes - 1}, "
+                f"task {given}: after the colon name different classes in 0..{self.num_classes - 1}, "
                 f"as in '{self.name}:1,3'"
             )
         if len(classes) == self.num_classes:
-            raise TaskError(f"task '{self.name}:{text}' forgets everything; leave at least one class to retain")
+            raise TaskError(f"task {given} forgets everything; leave at least one class to retain")
         name = self.name if classes == self.default else f"{self.name}:{','.join(map(str, classes))}"
         if name not in _TASKS:
             register_task(self.make(classes, name))
@@ -265,19 +267,23 @@ def get_task(name: str) -> Task:
     """The task registered as ``name``, or a member of a family as ``"mnist-digits:1,3"``; raises
     :class:`TaskError` with the closest name.
     """
+    if not isinstance(name, str):
+        raise TaskError(f"task {shown(name)} is no task's name; known: {', '.join(task_names())}")
     if name in _TASKS:
         return _TASKS[name]
-    family, colon, classes = str(name).partition(":")
+    family, colon, classes = name.partition(":")
     if colon and family in _FAMILIES:
         return _FAMILIES[family].member(classes)
-    close = difflib.get_close_matches(str(name), _TASKS, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:100], _TASKS, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(task_names())}"
-    raise TaskError(f"unknown task {name!r}; {hint}")
+    raise TaskError(f"unknown task {shown(name)}; {hint}")
 
 
 def resolve_data_root(data_root: str | os.PathLike[str] | None) -> Path | None:
     """``data_root``, else the environment variable ``UNLEARN_GYM_DATA_ROOT``, else None (shipped data)."""
     chosen = data_root if data_root is not None else os.environ.get(DATA_ROOT_VARIABLE) or None
+    if chosen is not None and (not isinstance(chosen, str | os.PathLike) or "\0" in os.fspath(chosen)):
+        raise DataError(f"data_root={shown(chosen)} must be the path of a folder, or None")
     return None if chosen is None else Path(chosen)
 
 

@@ -1,0 +1,95 @@
+"""JSON and YAML: read by one reader each, which refuses what no file here can mean."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from unlearn_gym.errors import (
+    ResultsError,
+    SettingsError,
+    shown,
+)
+from unlearn_gym.evaluation.experiment import load_experiment
+from unlearn_gym.files import FormatError, parse_json, read_json, read_yaml
+from unlearn_gym.instances import build_instances, load_instances
+
+from .conftest import fails
+
+
+def yaml_of(tmp_path, text):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    return path
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join(['*' + old] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+BAD_YAML = [
+    ("a: 1\nb: 2\na: 3", "line 3: the key 'a' is there twice"), ("a: {b: 1, b: 1}", "twice"),
+    ("- {1: a, 0x1: b}", "twice"), (BOMB, "more than 100,000 values"), ("a: &a [*a]", "within itself"),
+    ("[" * 1000 + "]" * 1000, "levels deep"), ("a: 2025-13-01", "month"), ('a: !!int ""', "does not know"),
+    ("a: !!timestamp x", "does not know"), ("a: !!bool maybe", "does not know"), ("a: " + "9" * 5000, "does not know"),
+    ("a: !!python/name:os.system ", "not YAML"), ("? [1]\n: 2", "unhashable"), ("a: *b", "undefined alias"),
+    ("a: 1\n---\nb: 2", "single document"), ("# " + "x" * 2**20, "bytes"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_YAML, ids=[shown(text)[:30] for text, _ in BAD_YAML])
+def test_bad_yaml_is_one_line_in_whatever_reads_it(tmp_path, text, message):
+    from agents.config import load_config
+
+    path = yaml_of(tmp_path, text)
+    assert message in fails(FormatError, read_yaml, path)
+    assert message in fails(ResultsError, load_experiment, str(path))
+    assert message in fails(SettingsError, build_instances, path, tmp_path / "out.json", "")
+    assert message in fails(SettingsError, load_config, "ppo", "gaussians-2d", path)
+
+
+def test_good_yaml_is_read_as_yaml_1_2_has_it(tmp_path):
+    text = "a: &a {x: 1, y: 1e-4}\nb: {<<: *a, x: 2}\nc: {<<: *a}\nd: [1E5, .5e1, -2e+1, 1e, e5, 0.5]\n"
+    assert read_yaml(yaml_of(tmp_path, text)) == {
+        "a": {"x": 1, "y": 1e-4}, "b": {"x": 2, "y": 1e-4}, "c": {"x": 1, "y": 1e-4},
+        "d": [1e5, 5.0, -20.0, "1e", "e5", 0.5],
+    }  # fmt: skip
+
+
+def test_an_experiment_of_a_billion_seeds_or_a_text_for_a_number_is_refused(tmp_path):
+    arm = "arms: [{name: a, task: gaussians-2d, policies: ['static:0.5']}]\nquestion: x\n"
+    for field in ("seeds: 1000000000", "seeds: '3'", "seeds: true", "num_samples: yes"):
+        path = yaml_of(tmp_path, arm + field)
+        assert field.split(":")[0] in fails(ResultsError, load_experiment, str(path))
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+BAD_JSON = [DEEP, '{"a":' * 100_000, '{"a": 1, "a": 2}', '{"a": NaN}', "[-Infinity]", "1" * 5000, "{", ""]
+
+
+@pytest.mark.parametrize("text", BAD_JSON, ids=shown)
+def test_bad_json_is_one_line_in_whatever_reads_it(tmp_path, text):
+    from agents.main import read_manifest
+    from unlearn_gym.evaluation.results import load_results
+    from unlearn_gym.evaluation.store import CellStore
+
+    fails(FormatError, parse_json, text)
+    for name in ("results.json", "set.json", "agent.json"):
+        (tmp_path / name).write_text(text)
+    fails(FormatError, read_json, tmp_path / "results.json")
+    fails(ResultsError, load_results, tmp_path)
+    fails(SettingsError, load_instances, f"{tmp_path}/set.json/train")
+    assert read_manifest(str(tmp_path / "agent.zip")) == {}
+    store = CellStore(tmp_path)
+    store.path("static:0.5", 0, "key").write_text(text)
+    assert store.read("static:0.5", 0, "key") is None
+
+
+def test_shipped_json_is_json_without_duplicates():
+    from importlib.resources import files
+    from pathlib import Path
+
+    found = list(Path(str(files("unlearn_gym"))).rglob("*.json"))
+    assert found
+    for path in found:
+        assert read_json(path) == json.loads(path.read_text())
