@@ -13,9 +13,8 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.save_util import load_from_zip_file
 
-from unlearn_gym.errors import SettingsError, error_line
+from unlearn_gym.errors import SettingsError, describe_validation_error, error_line
 from unlearn_gym.files import sha256, write_json
-from unlearn_gym.settings import describe_validation_error
 
 BUFFER_ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 

@@ -16,9 +16,8 @@ from stable_baselines3.common.noise import NormalActionNoise
 
 from agents.hyperparameters import COUNT, POSITIVE, ranges
 from unlearn_gym import ENV_ID
-from unlearn_gym.errors import SettingsError, error_line, shown
+from unlearn_gym.errors import SettingsError, describe_validation_error, error_line, shown
 from unlearn_gym.files import FormatError, read_yaml
-from unlearn_gym.settings import describe_validation_error
 from unlearn_gym.tasks import get_task
 from unlearn_gym.values import Checked
 

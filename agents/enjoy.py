@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from PIL import Image
 
-from agents.main import read_manifest, run_command
+from agents.main import run_command
 from unlearn_gym.cli.arguments import Trust
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.envs.siss_unlearn import DEFAULT_TASK
 from unlearn_gym.errors import SettingsError
 from unlearn_gym.evaluation.episode import Episode, policy_context, run_episode
+from unlearn_gym.files import replacing, write_text
 from unlearn_gym.instances import load_instances
+from unlearn_gym.locks import folder_lock
 from unlearn_gym.policies import make_policy, split_name
+from unlearn_gym.policies.manifest import AgentManifest, read_manifest
 
 help_ = tyro.conf.arg
 FRAME_MILLISECONDS = 120
@@ -49,15 +53,15 @@ def enjoy(
     if known and not 0 <= number < len(known):
         raise SettingsError(f"instance={number}: {instances} has {len(known)}, numbered from 0")
     policy = split_name(policy)[1]
-    trained = read_manifest(policy)
-    if known is None and task is None and trained.get("instances"):
-        known, number = load_instances(trained["instances"]), 0
-    task = task or trained.get("task") or next(iter(trained.get("tasks") or ()), DEFAULT_TASK)
+    trained = read_manifest(Path(policy)) if policy.endswith(".zip") else AgentManifest()
+    if known is None and task is None and trained.instances:
+        known, number = load_instances(trained.instances), 0
+    task = task or trained.task or next(iter(trained.tasks or ()), DEFAULT_TASK)
     env = SISSUnlearnEnv(
         known[number].task if known else task, render_mode="rgb_array",
         **{
-            **(trained.get("options") or {}), "reward": trained.get("reward") or "siss",
-            "observation": observation or trained.get("observation") or "paper",
+            **(trained.options or {}), "reward": trained.reward or "siss",
+            "observation": observation or trained.observation or "paper",
         },
     )  # fmt: skip
     env.reset(options={"instance": known[number]} if known else None)
@@ -71,18 +75,27 @@ def enjoy(
             frames.append(Image.fromarray(frame))
 
     episode = run_episode(env, chosen, seed, name=policy, on_step=look)
-    out.mkdir(parents=True, exist_ok=True)
-    frames[0].save(out / "episode.gif", save_all=True, append_images=frames[1:], duration=FRAME_MILLISECONDS, loop=0)
-    with (out / "lambda.csv").open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["update", *episode.trace])
-        rows.writerows([i, *values] for i, values in enumerate(zip(*episode.trace.values(), strict=True), start=1))
+    with folder_lock(out):
+        _write_episode(out, frames, episode)
     what = ", ".join(f"{k} {v}" for k, v in env.instance.as_info().items())
     print(f"{what}: return {episode.episode_return:.4g} in {len(env.history)} updates")
     print(f"{out / 'episode.gif'}: {len(frames)} frames; {out / 'lambda.csv'}: λ and all else that was measured")
     if not episode.diverged:
         print(f"{env.save(out / 'model.safetensors')}: the unlearned model, for 'unlearn-gym evaluate'")
     return episode
+
+
+def _write_episode(out: Path, frames: list[Image.Image], episode: Episode) -> None:
+    """``episode.gif`` and ``lambda.csv``."""
+    with replacing(out / "episode.gif") as file:
+        frames[0].save(
+            file, "GIF", save_all=True, append_images=frames[1:], duration=FRAME_MILLISECONDS, loop=0
+        )  # fmt: skip
+    table = io.StringIO(newline="")
+    rows = csv.writer(table)
+    rows.writerow(["update", *episode.trace])
+    rows.writerows([i, *values] for i, values in enumerate(zip(*episode.trace.values(), strict=True), start=1))
+    write_text(out / "lambda.csv", table.getvalue())
 
 
 if __name__ == "__main__":

@@ -5,22 +5,21 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import tyro
 from pydantic import ValidationError
 
-from unlearn_gym.errors import UnlearnGymError, check_texts, line_with_log, one_line
-from unlearn_gym.files import read_json
+from unlearn_gym.errors import UnlearnGymError, check_texts, describe_validation_error, line_with_log, one_line
+from unlearn_gym.interrupts import INTERRUPTED, begun
 from unlearn_gym.processes import Terminated, signals_as_interrupts
-from unlearn_gym.settings import describe_validation_error
 
 
 def run_command(name: str, function: Callable[..., Any]) -> None:
     """Run ``function`` with the arguments of the command line."""
     try:
+        begun()
         check_texts(sys.argv)
         with signals_as_interrupts():
             tyro.cli(function, description=function.__doc__)
@@ -36,7 +35,7 @@ def run_command(name: str, function: Callable[..., Any]) -> None:
         sys.exit(ended.status)
     except KeyboardInterrupt:
         print(f"agents.{name}: interrupted; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     print(f"agents.{name}: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
@@ -44,12 +43,3 @@ def run_command(name: str, function: Callable[..., Any]) -> None:
 def invocation(name: str) -> str:
     """This invocation, as it goes into a manifest."""
     return shlex.join(["python", "-m", f"agents.{name}", *sys.argv[1:]])
-
-
-def read_manifest(policy: str) -> dict[str, Any]:
-    """What stands beside an agent's zip; empty where nothing does."""
-    try:
-        found = read_json(Path(policy).with_suffix(".json")) if policy.endswith(".zip") else {}
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -15,8 +15,10 @@ from agents.config import load_config
 from agents.main import invocation, run_command
 from agents.training import FIRST_VALIDATION_SEED, Plan, read_stages, static_returns, train_agent
 from unlearn_gym.cli.arguments import OptionTexts, parse_options
-from unlearn_gym.errors import SettingsError
-from unlearn_gym.files import read_json, sha256, write_json
+from unlearn_gym.errors import PolicyError, SettingsError
+from unlearn_gym.files import replacing, sha256, write_json
+from unlearn_gym.locks import folder_lock
+from unlearn_gym.policies.manifest import read_manifest
 from unlearn_gym.tasks import get_task
 
 help_ = tyro.conf.arg
@@ -62,18 +64,26 @@ def train(
     workers = settings.n_envs if n_envs is None else n_envs
     plan = Plan(settings, tasks, instances, options, seed, workers, eval_every, eval_episodes, device)
     folder = out or Path("runs/agents") / f"{plan.name}-{algo}-{reward}-{seed}"
-    with Bar(f"{plan.name} {algo}", total) as bar:
+    plan.validate()
+    with folder_lock(folder):
+        return _train(plan, folder, total)
+
+
+def _train(plan: Plan, folder: Path, total: int) -> Path:
+    """Train, compare with static λ, and write the agent with its manifest, unless it is there already."""
+    with Bar(f"{plan.name} {plan.config.algorithm}", total) as bar:
         agent = train_agent(plan, folder, total, callbacks=[UnlearnScalars(), bar], stage_done=lambda stage: None)
     path, stages = folder / "agent.zip", read_stages(plan, folder)
     if _is_finished(path, agent.num_timesteps):
         print(f"{path}: {agent.num_timesteps} steps, trained already")
         return path
     print(f"{plan.eval_episodes} validation episodes each of five static λ, to compare with", flush=True)
-    manifest = _manifest(plan, stages, static_returns(plan), reward, observation, more)
+    manifest = _manifest(plan, stages, static_returns(plan))
     best = max(stages, key=lambda stage: float(np.mean(stage["returns"])))
     best_manifest = {**manifest, "timesteps": best["timesteps"], "sha256": best["sha256"]}
     write_json(folder / "best_model.json", best_manifest)
-    agent.save(path)
+    with replacing(path) as file:
+        agent.save(file)
     write_json(path.with_suffix(".json"), {**manifest, "sha256": sha256(path)})
     name = max(manifest["static_returns"], key=manifest["static_returns"].__getitem__)
     print(
@@ -87,25 +97,21 @@ def train(
 def _is_finished(path: Path, timesteps: int) -> bool:
     """Whether ``path`` is the agent of so many steps with its manifest beside it."""
     try:
-        manifest = read_json(path.with_suffix(".json"))
-        return bool(manifest["timesteps"] == timesteps and manifest["sha256"] == sha256(path))
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = read_manifest(path)
+        return manifest.timesteps == timesteps and path.is_file() and manifest.sha256 == sha256(path)
+    except PolicyError as error:
+        print(f"{error}: it is written anew", flush=True)
         return False
 
 
-def _manifest(
-    plan: Plan,
-    stages: list[dict[str, Any]],
-    statics: dict[str, float],
-    reward: str,
-    observation: str,
-    options: dict[str, Any],
-) -> dict[str, Any]:
+def _manifest(plan: Plan, stages: list[dict[str, Any]], statics: dict[str, float]) -> dict[str, Any]:
     """What stands beside an agent, but for its file's SHA-256."""
+    options = {name: value for name, value in plan.options.items() if name not in ("reward", "observation")}
     return {
         "command": invocation("train"),
         "task": plan.tasks[0] if len(plan.tasks) == 1 else None, "tasks": plan.tasks, "instances": plan.instances,
-        "algorithm": plan.config.algorithm, "reward": reward, "observation": observation, "options": options,
+        "algorithm": plan.config.algorithm, "reward": plan.options["reward"],
+        "observation": plan.options.get("observation", "paper"), "options": options,
         "eval_every": plan.eval_every, "seed": plan.seed, "training_seeds_from": plan.stage_seed(0),
         "validation_seeds_from": FIRST_VALIDATION_SEED, "timesteps": stages[-1]["timesteps"], "n_envs": plan.n_envs,
         "config": plan.config.model_dump(), "seconds": round(sum(stage["seconds"] for stage in stages), 1),

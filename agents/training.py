@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
@@ -31,9 +30,10 @@ from agents.config import AgentConfig
 from unlearn_gym import ENV_ID
 from unlearn_gym.envs import SB3VecEnv
 from unlearn_gym.errors import SettingsError, shown
-from unlearn_gym.files import sha256, write_json
+from unlearn_gym.files import checksum, copy_file, read_json_as, sha256, write_json
 from unlearn_gym.instances import load_instances
-from unlearn_gym.settings import describe_validation_error, usable_device
+from unlearn_gym.locks import folder_lock
+from unlearn_gym.settings import usable_device
 
 FIRST_TRAINING_SEED = 1_000_000
 """Training seeds begin here and validation seeds at twice that; a comparison's begin at 0."""
@@ -48,11 +48,11 @@ class Stage(BaseModel):
     validation, and its checkpoint's SHA-256.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    timesteps: int
+    timesteps: int = Field(ge=1)
     training_return: float | None = None
-    returns: list[float]
+    returns: list[float] = Field(min_length=1)
     seconds: float
     sha256: str
 
@@ -62,6 +62,11 @@ class Progress(BaseModel):
 
     plan: dict[str, Any]
     stages: list[Stage]
+    checksum: str | None = None
+
+    def digest(self) -> str:
+        """What the checksum must be; files of older versions have none."""
+        return checksum(self.model_dump(exclude={"checksum"}))
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,13 @@ def train_agent(
     """
     plan.validate()
     plan.config.check_length(timesteps)
+    with folder_lock(folder):
+        return _train_stages(plan, folder, timesteps, callbacks, stage_done)
+
+
+def _train_stages(
+    plan: Plan, folder: Path, timesteps: int, callbacks: list[BaseCallback], stage_done: StageDone
+) -> BaseAlgorithm:
     stages = read_stages(plan, folder)
     env, validation = plan.make_env(), plan.make_env()
     try:
@@ -140,7 +152,6 @@ def train_agent(
             agent = _restore(plan, folder, stages, env)
         else:
             agent = plan.config.make(env, device=plan.device, seed=plan.stage_seed(0))
-        folder.mkdir(parents=True, exist_ok=True)
         agent.set_logger(configure(str(folder / "tensorboard"), ["tensorboard"]))
         if plan.n_envs > 1:
             torch.set_num_threads(1)  # the cores are the workers'
@@ -165,12 +176,10 @@ def read_stages(plan: Plan, folder: Path) -> list[dict[str, Any]]:
     path = folder / "progress.json"
     if not path.is_file():
         return []
-    try:
-        content = Progress.model_validate_json(path.read_text())
-    except ValidationError as error:
-        raise SettingsError(
-            f"{path} is damaged ({describe_validation_error(error)}); choose another --out or delete it"
-        ) from None
+    remedy = "choose another --out or delete it"
+    content = read_json_as(path, Progress, SettingsError, remedy)
+    if content.checksum not in (None, content.digest()):
+        raise SettingsError(f"{path} is damaged (it does not fit its checksum); {remedy}")
     differing = [key for key, value in plan.as_json().items() if content.plan.get(key) != value]
     if differing:
         raise SettingsError(f"{folder} holds a training with another {', '.join(differing)}; choose another --out")
@@ -243,9 +252,11 @@ def _keep(plan: Plan, agent: BaseAlgorithm, stages: list[dict[str, Any]], folder
     save_checkpoint(agent, checkpoint)
     means = [np.mean(stage["returns"]) for stage in stages]
     if int(np.argmax(means)) == len(means) - 1:
-        shutil.copy(checkpoint / "agent.zip", folder / "best_model.zip")
+        copy_file(checkpoint / "agent.zip", folder / "best_model.zip")
     stages[-1]["sha256"] = sha256(checkpoint / "agent.zip")
-    write_json(folder / "progress.json", {"plan": plan.as_json(), "stages": stages})
+    progress = Progress(plan=plan.as_json(), stages=[Stage(**stage) for stage in stages])
+    progress.checksum = progress.digest()
+    write_json(folder / "progress.json", progress.model_dump())
     for older in folder.glob("checkpoints/*/replay.npz"):
         if older.parent != checkpoint:
             older.unlink()  # only the last one is ever read

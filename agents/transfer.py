@@ -14,20 +14,23 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 import tyro
+from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
 import unlearn_gym
-from agents.main import invocation, read_manifest, run_command
+from agents.main import invocation, run_command
 from unlearn_gym.cli.arguments import OptionTexts, Trust, parse_options
 from unlearn_gym.engines import run_calls
 from unlearn_gym.envs import SISSUnlearnEnv
-from unlearn_gym.errors import PolicyError, ResultsError, error_line
+from unlearn_gym.errors import PolicyError, ResultsError
 from unlearn_gym.evaluation.episode import policy_context, run_episode
 from unlearn_gym.evaluation.statistics import Estimate, bootstrap_mean, holm, paired_difference, paired_p_value
 from unlearn_gym.evaluation.tables import NOTHING, estimate_text, markdown_table, p_text
-from unlearn_gym.files import read_json, sha256, write_json
+from unlearn_gym.files import checksum, read_json_as, sha256, write_json, write_text
 from unlearn_gym.instances import Instance, load_instances
+from unlearn_gym.locks import folder_lock
 from unlearn_gym.policies import existing_sources, make_policy, split_name
+from unlearn_gym.policies.manifest import read_manifest
 from unlearn_gym.tasks import Task, get_task, load_data
 
 help_ = tyro.conf.arg
@@ -51,6 +54,15 @@ class Score:
         if self.forgotten is None or self.damage is None:
             return math.nan
         return self.forgotten - RETAIN_COEF * max(0.0, self.damage)
+
+
+class Scores(BaseModel):
+    """What ``results.json`` holds, as far as anything is read from it; older versions wrote no checksum."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    scores: dict[str, Score]
+    checksum: str | None = None
 
 
 class Cell(NamedTuple):
@@ -96,7 +108,14 @@ def transfer(
     One episode of each policy on each instance, all with the instance's own seed. Resumes: what OUT/results.json
     holds is not run again. OUT/scores.json is what 'unlearn-gym agents' shows of agents that ship.
     """
-    options = parse_options(option)
+    with folder_lock(out):
+        return _transfer(policies, on, statics, parse_options(option), jobs, out, trust=trust)
+
+
+def _transfer(
+    policies: tuple[str, ...], on: tuple[str, ...], statics: tuple[str, ...], options: dict[str, Any], jobs: int,
+    out: Path, *, trust: bool,
+) -> Path:  # fmt: skip
     everyone: dict[str, str] = {}
     for name, spec in map(split_name, (*statics, *policies)):
         if everyone.setdefault(name, spec) != spec:
@@ -114,7 +133,6 @@ def transfer(
         context = policy_context(_env_of(cell.instance, options))
         make_policy(cell.spec, context, trust=trust)  # fails before anything runs
     calls = [(cell.key, cell.spec, cell.instance, cell.number, options, trust) for cell in missing.values()]
-    out.mkdir(parents=True, exist_ok=True)
     command = invocation("transfer")
     about = {"command": command, "version": unlearn_gym.__version__, "retain_coef": RETAIN_COEF}
     try:
@@ -122,11 +140,12 @@ def transfer(
             for key, score in tqdm(ran, total=len(missing), unit="episode"):
                 found[key] = score
     finally:  # what an interruption leaves is kept
-        write_json(out / "results.json", {**about, "scores": {k: asdict(v) for k, v in found.items()}})
+        scores = {k: asdict(v) for k, v in found.items()}
+        write_json(out / "results.json", {**about, "scores": scores, "checksum": _checksum(found)})
     summaries = summarise([(cell, found[cell.key]) for cell in cells])
     write_json(out / "scores.json", _scores_of_agents(summaries, everyone, command))
     page = out / "transfer.md"
-    page.write_text(_page(summaries, everyone, command), encoding="utf-8")
+    write_text(page, _page(summaries, everyone, command))
     print(f"\n{page.read_text()}\n{page}")
     return page
 
@@ -161,10 +180,15 @@ def _read_scores(path: Path) -> dict[str, Score]:
     """What an earlier call has measured; raises ``ResultsError`` for a file that is not its."""
     if not path.is_file():
         return {}
-    try:
-        return {key: Score(**values) for key, values in read_json(path)["scores"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ResultsError(f"{path} holds no scores ({error_line(error)}); choose another --out or delete it") from None
+    remedy = "it holds no scores to go on from: choose another --out or delete it"
+    found = read_json_as(path, Scores, ResultsError, remedy)
+    if found.checksum is not None and found.checksum != _checksum(found.scores):
+        raise ResultsError(f"{path} is damaged (its scores do not fit their checksum); {remedy}")
+    return found.scores
+
+
+def _checksum(scores: dict[str, Score]) -> str:
+    return checksum({key: asdict(score) for key, score in scores.items()})
 
 
 @dataclass(frozen=True)
@@ -247,7 +271,8 @@ def _known_tasks(summaries: list[Summary], specs: dict[str, str]) -> list[str]:
     """A warning for each agent that was trained on a task of a set."""
     warnings = []
     for s in summaries:
-        trained_on = set(read_manifest(specs[s.policy]).get("tasks") or ())
+        spec = specs[s.policy]
+        trained_on = set(read_manifest(Path(spec)).tasks or ()) if spec.endswith(".zip") else set()
         shared = trained_on & {instance.task for instance in load_instances(s.set)}
         if shared:
             warnings.append(f"{s.policy} was trained on {', '.join(sorted(shared))}, of which {s.set} has instances.")

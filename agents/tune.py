@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,10 @@ from agents.main import invocation, run_command
 from agents.training import Plan, read_stages, train_agent
 from unlearn_gym import ENV_ID
 from unlearn_gym.engines import Engine, run_calls
-from unlearn_gym.errors import SettingsError
+from unlearn_gym.errors import SettingsError, error_line
 from unlearn_gym.evaluation.tables import markdown_table
-from unlearn_gym.files import write_json
+from unlearn_gym.files import write_json, write_text
+from unlearn_gym.locks import folder_lock
 from unlearn_gym.tasks import get_task
 
 if TYPE_CHECKING:
@@ -31,6 +33,10 @@ help_ = tyro.conf.arg
 STUDY = "study"
 MIN_FOR_IMPORTANCE = 20
 """Finished trials below which a share of importance would be noise."""
+STARTUP_TRIALS = 5
+TAKES_UP = "takes_up"
+"""The attribute of a trial that takes up one that was cut off: that one's place in the search."""
+SAMPLING = "TPE, seeded for each trial and parameter"
 Space = Callable[["optuna.Trial"], dict[str, Any]]
 
 
@@ -112,16 +118,26 @@ def tune(
     get_task(task).settings.override(reward=reward)
     _try_settings(plan)
     folder = (out or Path("runs/tune") / f"{plan.name}-{algo}-{reward}").resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    study = _open_study(folder)
-    _check_same_search(study, {**plan.as_json(), "timesteps": total}, folder)
-    _retry_unfinished(study)
-    calls = [(folder, plan, total, trials, seed + number) for number in range(jobs)]
-    list(run_calls(engine, _search, calls, jobs, lambda *call: f"the search with seed {call[-1]}"))
-    return _write_findings(_open_study(folder), base, folder)
+    with folder_lock(folder):
+        study = _open_study(folder)
+        _check_same_search(study, {**plan.as_json(), "timesteps": total, "sampling": SAMPLING}, folder)
+        _retry_unfinished(study)
+        calls = [(folder, plan, total, trials, seed)] * jobs
+        list(run_calls(engine, _search, calls, jobs, lambda *call: "a process of the search"))
+        return _write_findings(_open_study(folder), base, folder)
 
 
 def _open_study(folder: Path) -> optuna.Study:
+    """The study in ``folder``; raises ``SettingsError`` where its journal is damaged."""
+    try:
+        return _read_study(folder)
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:  # what optuna meets in its lines
+        raise SettingsError(
+            f"{folder / 'journal.log'} is damaged ({error_line(error)}); choose another --out or delete it"
+        ) from None
+
+
+def _read_study(folder: Path) -> optuna.Study:
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -137,7 +153,8 @@ def _check_same_search(study: optuna.Study, search: dict[str, Any], folder: Path
     """A folder holds one search: trials of different lengths or tasks cannot be compared."""
     known = study.user_attrs.get("search")
     if known is not None and known != search:
-        differing = ", ".join(key for key in search if known.get(key) != search[key])
+        kept = known if isinstance(known, dict) else {}
+        differing = ", ".join(key for key in search if kept.get(key) != search[key])
         raise SettingsError(f"{folder} holds a search with another {differing}; choose another --out")
     study.set_user_attr("search", search)
 
@@ -148,16 +165,21 @@ def _retry_unfinished(study: optuna.Study) -> None:
 
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
-    taken_up = {_folder(trial) for trial in study.trials if trial.state is not TrialState.FAIL}
-    for trial in study.get_trials(states=(TrialState.FAIL,)):
-        if _folder(trial) not in taken_up:
-            taken_up.add(_folder(trial))
-            study.enqueue_trial(trial.params, user_attrs={"folder": _folder(trial)})
+    asked = study.trials
+    taken_up = {place(asked, trial) for trial in asked if trial.state is not TrialState.FAIL}
+    for trial in (trial for trial in asked if trial.state is TrialState.FAIL):
+        if place(asked, trial) not in taken_up:
+            taken_up.add(place(asked, trial))
+            study.enqueue_trial(trial.params, user_attrs={TAKES_UP: place(asked, trial)})
 
 
-def _folder(trial: optuna.Trial | optuna.trial.FrozenTrial) -> str:
-    """Where a trial's training is, below ``trials``: a trial that takes up another one has that one's."""
-    return str(trial.user_attrs.get("folder", trial.number))
+def place(asked: list[optuna.trial.FrozenTrial], trial: optuna.Trial | optuna.trial.FrozenTrial) -> int:
+    """Which setting of the search ``trial`` tries, counted from 0: a trial that takes up another one has that one's.
+
+    An interruption shifts the numbers that optuna gives, but not these, so they name folders and seed what is proposed.
+    """
+    new = sum(other.number < trial.number and TAKES_UP not in other.user_attrs for other in asked)
+    return int(trial.user_attrs.get(TAKES_UP, new))
 
 
 def _try_settings(plan: Plan) -> None:
@@ -171,18 +193,39 @@ def _try_settings(plan: Plan) -> None:
 
 def _search(folder: Path, plan: Plan, total: int, trials: int, seed: int) -> None:
     """Run trials until the study has so many; one of perhaps several processes."""
-    import optuna
     from optuna.study import MaxTrialsCallback
     from optuna.trial import TrialState
 
     torch.set_num_threads(1)
     study = _open_study(folder)
-    study.sampler = optuna.samplers.TPESampler(seed=seed + 1000 * len(study.trials), n_startup_trials=5)
+    study.sampler = repeatable_sampler(seed)
     counted = (TrialState.COMPLETE, TrialState.PRUNED)
     if len(study.get_trials(states=counted)) < trials:
         study.optimize(
             functools.partial(_try, folder, plan, total), callbacks=[_say, MaxTrialsCallback(trials, states=counted)]
         )  # fmt: skip
+
+
+def repeatable_sampler(seed: int) -> optuna.samplers.BaseSampler:
+    """TPE whose every proposal has a generator of its own, seeded by ``seed``, the setting's place in the search and
+    the parameter: it depends on the trials that ended before and on nothing that an interruption would lose.
+    """
+    import optuna
+
+    class Repeatable(optuna.samplers.BaseSampler):
+        def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
+            return {}
+
+        def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
+            return {}
+
+        def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
+            parts = f"{seed} {place(study.trials, trial)} {param_name}"
+            own = int.from_bytes(hashlib.sha256(parts.encode()).digest()[:4], "big")
+            sampler = optuna.samplers.TPESampler(seed=own, n_startup_trials=STARTUP_TRIALS)
+            return sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    return Repeatable()
 
 
 def _say(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
@@ -196,8 +239,7 @@ def _try(folder: Path, plan: Plan, total: int, trial: optuna.Trial) -> float:
     """Train with the settings that ``trial`` proposes; the mean return at the last validation."""
     import optuna
 
-    where = folder / "trials" / _folder(trial)
-    trial.set_user_attr("folder", where.name)
+    where = folder / "trials" / str(place(trial.study.trials, trial))
     arguments = {**plan.config.arguments, **SPACES[plan.config.algorithm](trial)}
     own = dataclasses.replace(plan, config=plan.config.model_copy(update={"arguments": arguments}))
     means: list[float] = []
@@ -216,27 +258,34 @@ def _try(folder: Path, plan: Plan, total: int, trial: optuna.Trial) -> float:
 
 def _write_findings(study: optuna.Study, base: AgentConfig, folder: Path) -> Path:
     """``best.yml``, ``study.json`` and ``study.md``."""
+    asked = study.trials
     trials = [
         {
-            "number": t.number, "state": t.state.name.lower(), "return": t.value, "params": t.params,
+            "number": place(asked, t), "state": t.state.name.lower(), "return": t.value, "params": t.params,
             "validation": {str(k): v for k, v in t.intermediate_values.items()},
             "seconds": None if t.duration is None else round(t.duration.total_seconds(), 1),
         }
-        for t in study.trials
+        for t in _last_tries(asked)
     ]  # fmt: skip
     command, search = invocation("tune"), study.user_attrs["search"]
     write_json(folder / "study.json", {"command": command, "search": search, "trials": trials})
-    (folder / "study.md").write_text(_summary(study, command), encoding="utf-8")
+    write_text(folder / "study.md", _summary(study, command))
     best = SPACES[base.algorithm](cast("optuna.Trial", study.best_trial))  # gives back what it was given
     own = base.model_dump(exclude={"algorithm", "arguments", *(() if base.noise_type else ("noise_type", "noise_std"))})
     changed = {"n_timesteps": search["timesteps"], "n_envs": search["n_envs"]}
     entry = {**own, **changed, **base.arguments, **best}
     path = folder / "best.yml"
-    head = f"# Trial {study.best_trial.number}, validation return {study.best_value:.4g}: {command}\n"
-    path.write_text(head + yaml.safe_dump({ENV_ID: entry}, sort_keys=False), encoding="utf-8")
+    number = place(asked, study.best_trial)
+    head = f"# Trial {number}, validation return {study.best_value:.4g}: {command}\n"
+    write_text(path, head + yaml.safe_dump({ENV_ID: entry}, sort_keys=False))
     done = sum(t["state"] in ("complete", "pruned") for t in trials)
-    print(f"{path}: trial {study.best_trial.number}, the best of {done}, with validation return {study.best_value:.4g}")
+    print(f"{path}: trial {number}, the best of {done}, with validation return {study.best_value:.4g}")
     return path
+
+
+def _last_tries(asked: list[optuna.trial.FrozenTrial]) -> list[optuna.trial.FrozenTrial]:
+    """The trials without those that another one took up, in the order of the search."""
+    return [trial for _, trial in sorted({place(asked, trial): trial for trial in asked}.items())]
 
 
 def _summary(study: optuna.Study, command: str) -> str:
@@ -247,9 +296,10 @@ def _summary(study: optuna.Study, command: str) -> str:
     complete = sorted(study.get_trials(states=(states.COMPLETE,)), key=lambda t: -cast("float", t.value))
     pruned, search = len(study.get_trials(states=(states.PRUNED,))), study.user_attrs["search"]
     names = list(study.best_trial.params)
+    asked = study.trials
     rows = [
         [
-            str(t.number), f"{t.value:.4g}", ", ".join(f"{v:.4g}" for v in t.intermediate_values.values()),
+            str(place(asked, t)), f"{t.value:.4g}", ", ".join(f"{v:.4g}" for v in t.intermediate_values.values()),
             *(f"{t.params[name]:.3g}" for name in names),
         ]
         for t in complete

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from unlearn_gym.errors import LONGEST_LINE
+from unlearn_gym.locks import folder_lock
 from unlearn_gym.run import UnlearningRun
 from unlearn_gym.tasks import get_task, load_data
 
@@ -41,3 +44,21 @@ def fails(error: type[BaseException], function: Callable[..., Any], *args: Any, 
     assert "\n" not in message
     assert len(message) <= LONGEST_LINE
     return message
+
+
+@pytest.fixture
+def locked(tmp_path: Path) -> Iterator[Path]:
+    """A folder that another thread writes to as long as the test runs."""
+    folder, taken, ended = tmp_path / "locked", threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with folder_lock(folder):
+            taken.set()
+            ended.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert taken.wait(10)
+    yield folder
+    ended.set()
+    thread.join()

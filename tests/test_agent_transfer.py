@@ -7,7 +7,7 @@ import json
 import pytest
 
 from agents.transfer import RETAIN_COEF, Score, transfer
-from unlearn_gym.errors import PolicyError, ResultsError
+from unlearn_gym.errors import LockError, PolicyError, ResultsError
 from unlearn_gym.files import sha256
 from unlearn_gym.policies.registry import SHIPPED_AGENTS
 
@@ -107,6 +107,30 @@ def diverging(monkeypatch):
 
     monkeypatch.setattr(module, "run_episode", run_episode)
     return real
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"scores": []}', '{"scores": {"a": {}}}', '{"scores": {"a": [1]}}'])
+def test_scores_of_the_wrong_shape_are_refused_in_one_line(content, tmp_path):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ResultsError, match="holds no scores") as caught:
+        transfer(("prior",), on=("one.json/test",), out=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_changed_score_is_believed(tmp_path):
+    arguments = {"on": ("one.json/test",), "statics": ("static:0.5",), "out": tmp_path / "out"}
+    transfer(("prior",), **arguments)
+    path = tmp_path / "out" / "results.json"
+    content = json.loads(path.read_text())
+    next(iter(content["scores"].values()))["forgotten"] += 1.0
+    path.write_text(json.dumps(content))
+    with pytest.raises(ResultsError, match="do not fit their checksum"):
+        transfer(("prior",), **arguments)
+
+
+def test_scores_in_a_folder_in_use_are_left_alone(locked):
+    with pytest.raises(LockError, match="in use"):
+        transfer(("prior",), on=("one.json/test",), out=locked)
 
 
 def test_bad_input_is_named_before_anything_runs(tmp_path):

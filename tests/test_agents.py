@@ -31,7 +31,7 @@ from agents.main import run_command
 from agents.train import train as train_command
 from agents.training import FIRST_VALIDATION_SEED, Plan, read_stages, static_returns, train_agent
 from unlearn_gym.envs import SISSUnlearnEnv
-from unlearn_gym.errors import PolicyError, SettingsError
+from unlearn_gym.errors import LockError, PolicyError, SettingsError
 from unlearn_gym.evaluation.comparison import Comparison
 from unlearn_gym.evaluation.episode import policy_context, run_episode
 from unlearn_gym.files import sha256
@@ -189,6 +189,23 @@ def test_a_damaged_checkpoint_is_named(file, damage, tmp_path):
     with pytest.raises(SettingsError, match="damaged") as caught:
         train_agent(plan, tmp_path, 32, callbacks=[], stage_done=lambda stage: None)
     assert "\n" not in str(caught.value)
+
+
+def test_no_changed_digit_of_a_trainings_progress_is_believed(tmp_path):
+    plan = small_plan("ppo")
+    train_agent(plan, tmp_path, 16, callbacks=[], stage_done=lambda stage: None)
+    path = tmp_path / "progress.json"
+    content = json.loads(path.read_text())
+    (stage,) = content["stages"]
+    for changed in ({"returns": [0.0, 0.0]}, {"timesteps": 8}, {"returns": []}, {"timesteps": "16"}, {"seconds": None}):
+        path.write_text(json.dumps({**content, "stages": [{**stage, **changed}]}))
+        with pytest.raises(SettingsError, match="damaged"):
+            train_agent(plan, tmp_path, 32, callbacks=[], stage_done=lambda stage: None)
+
+
+def test_a_training_in_use_is_left_alone(locked):
+    with pytest.raises(LockError, match="in use"):
+        train_agent(small_plan("ppo"), locked, 16, callbacks=[], stage_done=lambda stage: None)
 
 
 def test_a_trained_agent_is_a_policy(tmp_path, monkeypatch):

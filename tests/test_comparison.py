@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import os
+import random
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from unlearn_gym.errors import PolicyError, ResultsError, SettingsError
+from unlearn_gym.errors import LockError, PolicyError, ResultsError, SettingsError
+from unlearn_gym.evaluation import tables
 from unlearn_gym.evaluation.cell import FINETUNE, ORACLE, UNTOUCHED, pack_samples, unpack_samples
 from unlearn_gym.evaluation.comparison import Comparison, default_policies, run_comparison
 from unlearn_gym.evaluation.judge import EvaluationSettings
+from unlearn_gym.evaluation.records import ResultsRecord, signed
 from unlearn_gym.evaluation.report import verdict, write_report
 from unlearn_gym.evaluation.results import CELL_FORMAT, Results, load_results, merge_results
 from unlearn_gym.evaluation.store import CellStore
+from unlearn_gym.policies.registry import SHIPPED_AGENTS
 from unlearn_gym.tasks import get_task, load_data, register_task
 
-TIMES = ("env_seconds", "policy_seconds", "evaluation_seconds")
+TIMES = ("env_seconds", "policy_seconds", "evaluation_seconds", "checksum")
 
 
 def small(policies=("static:0.3", "prior", FINETUNE), seeds=(0, 1), **options) -> Comparison:
@@ -72,6 +79,169 @@ def test_a_damaged_cell_is_run_again(finished, tmp_path):
     (tmp_path / "results.json").unlink()
     next((tmp_path / "cells").iterdir()).write_text("{")
     assert len(run_comparison(small(seeds=(0,)), tmp_path).cells) == 5
+
+
+def other(value):
+    """Another value of the same type, as a flipped bit or a changed digit leaves it."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    return value + "a" if isinstance(value, str) else value[:-1] if isinstance(value, list) else {}
+
+
+def written_cell(out):
+    path = next(p for p in sorted((out / "cells").iterdir()) if p.name.startswith("prior"))
+    return path, json.loads(path.read_bytes())
+
+
+@pytest.fixture
+def unfinished(finished, tmp_path):
+    """All cells of ``finished`` as files, without a ``results.json``."""
+    store = CellStore(tmp_path / "cells")
+    for cell in finished[0].cells:
+        store.write(cell)
+    return tmp_path
+
+
+def test_no_changed_value_of_a_cell_is_believed(unfinished):
+    path, whole = written_cell(unfinished)
+    assert {"policy", "seed", "key", "diverged", "metrics", "trace", "probe", "checksum"} <= whole.keys()
+    changed = [{**whole, name: other(value)} for name, value in whole.items()]
+    changed += [{k: v for k, v in whole.items() if k != name} for name in whole]
+    changed += [{**whole, "metrics": {**whole["metrics"], name: other(v)}} for name, v in whole["metrics"].items()]
+    asked = (whole["policy"], whole["seed"], whole["key"])
+    for cell in [*changed, [], 3, None, {}, {"key": whole["key"]}]:
+        path.write_text(json.dumps(cell))
+        store = CellStore(unfinished / "cells")
+        assert store.read(*asked) is None, cell
+        assert path.name in store.faults[0]
+    path.write_text(json.dumps(dict(reversed(whole.items())), indent=3))  # the same values, otherwise written
+    assert CellStore(unfinished / "cells").read(*asked) == whole
+
+
+def test_a_cell_of_another_run_in_its_place_is_not_believed(unfinished):
+    path, whole = written_cell(unfinished)
+    signed_anew = signed({k: v for k, v in whole.items() if k != "checksum"} | {"seed": 7})
+    path.write_text(json.dumps(signed_anew))
+    store = CellStore(unfinished / "cells")
+    assert store.read(whole["policy"], whole["seed"], whole["key"]) is None
+    assert "seed 7" in store.faults[0]
+
+
+def test_a_cell_that_is_not_believed_is_run_again_with_one_line(finished, unfinished, capsys):
+    path, whole = written_cell(unfinished)
+    path.write_text(path.read_text().replace('"diverged": false', '"diverged": true'))
+    ran = []
+    results = run_comparison(small(), unfinished, progress=lambda *a: ran.append(a))
+    assert without_times(results) == without_times(finished[0])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "1 stored runs are not believed and run again" in line
+    assert path.name in line
+    assert json.loads(path.read_bytes()).keys() == whole.keys()
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"format": 2, "cells": {"a": 1}}', '{"format": 2, "cells": [1]}', "{"])
+def test_results_of_the_wrong_shape_do_not_block_the_rerun(unfinished, content, finished, capsys):
+    (unfinished / "results.json").write_text(content)
+    with pytest.raises(ResultsError, match="run the comparison again"):
+        load_results(unfinished)
+    results = run_comparison(small(), unfinished)
+    assert results.cells == finished[0].cells
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert load_results(unfinished).cells == finished[0].cells
+
+
+def test_one_damaged_run_of_a_results_file_costs_that_run_alone(finished, tmp_path, capsys):
+    raw = json.loads((finished[1] / "results.json").read_bytes())
+    raw["cells"][-1]["metrics"]["forget_loss"] += 1
+    (tmp_path / "results.json").write_text(json.dumps(raw))
+    with pytest.raises(ResultsError, match=rf"{raw['cells'][-1]['policy']} at seed 1 does not fit its checksum"):
+        load_results(tmp_path)
+    results = run_comparison(small(), tmp_path)
+    assert results.cells[:-1] == finished[0].cells[:-1]
+    assert without_times(results) == without_times(finished[0])
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def places(value, path=()):
+    """The path of every value inside ``value``; of long lists the first two."""
+    yield path
+    inside = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    for key, one in inside:
+        yield from places(one, (*path, key))
+
+
+def damaged(raw, path, new):
+    """A copy of ``raw`` whose value at ``path`` is ``new``, or gone for None."""
+    copy_ = copy.deepcopy(raw)
+    holder = copy_
+    for key in path[:-1]:
+        holder = holder[key]
+    if new is GONE:
+        del holder[path[-1]]
+    else:
+        holder[path[-1]] = new
+    return copy_
+
+
+GONE = object()
+
+
+def test_results_of_the_wrong_shape_are_refused_in_one_line_or_harmless(finished, tmp_path):
+    """Of an older version's file, which has no checksums: the schema alone stands between damage and the tables."""
+    raw = json.loads((finished[1] / "results.json").read_bytes())
+    del raw["checksum"]
+    for cell in raw["cells"]:
+        del cell["checksum"]
+        cell.pop("pictures", None)
+    rng = random.Random(0)
+    found = [path for path in places(raw) if path]
+    refused = 0
+    for path in rng.sample(found, 150):
+        new = rng.choice([GONE, None, [], {}, "x", -1, True, 1e300, [None], {"a": []}])
+        (tmp_path / "results.json").write_text(json.dumps(damaged(raw, path, new)))
+        try:
+            results = load_results(tmp_path)
+        except ResultsError as error:
+            refused += "\n" not in str(error)
+            continue
+        verdict(results)
+        for table in (tables.summary, tables.against_best_static, tables.paired, tables.efforts, tables.remaining):
+            table(results)
+    assert refused > 75
+
+
+def test_no_changed_value_of_a_results_file_is_believed(finished, tmp_path):
+    raw = json.loads((finished[1] / "results.json").read_bytes())
+    for path in random.Random(1).sample([p for p in places(raw) if len(p) > 1], 40):
+        value = raw
+        for key in path:
+            value = value[key]
+        new = other(value) if value is not None else 1
+        if new == value:  # nothing to take away from an empty one
+            continue
+        (tmp_path / "results.json").write_text(json.dumps(damaged(raw, path, new)))
+        with pytest.raises(ResultsError, match="run the comparison again"):
+            load_results(tmp_path)
+
+
+def test_a_comparison_into_a_folder_in_use_is_refused(finished, locked):
+    with pytest.raises(LockError, match=f"process {os.getpid()}"):
+        run_comparison(small(), locked)
+    with pytest.raises(LockError, match="in use"):
+        write_report(finished[0], locked)
+
+
+def test_a_damaged_manifest_of_an_agent_fails_before_anything_runs(tmp_path):
+    agent = tmp_path / "agent.zip"
+    shutil.copy(SHIPPED_AGENTS / "gaussians-2d" / "ppo.zip", agent)
+    for content in ("[]", '{"seconds": "long"}', '{"timesteps": [1]}', "{", "[" * 100_000):
+        agent.with_suffix(".json").write_text(content)
+        with pytest.raises(PolicyError, match=r"agent\.json is damaged") as caught:
+            run_comparison(small((str(agent),)), tmp_path / "out")
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_finished_comparison_resumes_from_its_results_alone(finished, tmp_path):
@@ -178,11 +348,12 @@ def test_bad_input_fails_before_anything_runs(changes, error, message, tmp_path)
 def test_missing_and_damaged_results_are_named(tmp_path):
     with pytest.raises(ResultsError, match=r"no results\.json"):
         load_results(tmp_path)
-    whole = {k: {} for k in ("comparison", "settings", "calibration", "versions", "command")}
+    whole = {k: {} for k in ResultsRecord.model_fields} | {"cells": [], "format": CELL_FORMAT}
     for raw, message in (
-        ("{", "damaged"), ("{}", "lacks 'calibration'"), ("[]", "lacks 'calibration'"),
-        (json.dumps({**whole, "cells": [], "format": 1}), "has format 1, this version"),
-        (json.dumps({**whole, "cells": [], "format": CELL_FORMAT}), "holds no runs"),
+        ("{", "damaged"), ("{}", "has format None"), ("[]", "no JSON object"), ("[" * 100_000, "damaged"),
+        (json.dumps({**whole, "format": 1}), "has format 1, this version"),
+        (json.dumps({k: v for k, v in whole.items() if k != "calibration"}), "lacks 'calibration'"),
+        (json.dumps(whole), "holds no runs"), (json.dumps({**whole, "cells": [1]}), "damaged"),
     ):  # fmt: skip
         (tmp_path / "results.json").write_text(raw)
         with pytest.raises(ResultsError, match=message):

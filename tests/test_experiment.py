@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 
-from unlearn_gym.errors import ResultsError
+from unlearn_gym.errors import LockError, ResultsError
 from unlearn_gym.evaluation.experiment import load_experiment, run_experiment
 from unlearn_gym.evaluation.results import load_results
+from unlearn_gym.locks import folder_lock
 from unlearn_gym.tasks import get_task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,3 +128,23 @@ def test_a_damaged_result_is_made_again(folder):
 def test_an_unknown_name_gets_the_nearest(folder):
     with pytest.raises(ResultsError, match="did you mean 'one'"):
         load_experiment("oen")
+
+
+def test_an_experiment_in_use_is_left_alone_and_so_is_one_whose_arm_is(folder):
+    hold = threading.Event(), threading.Event()
+
+    def holder(path):
+        with folder_lock(path):
+            hold[0].set()
+            hold[1].wait()
+
+    for path in (Path("out/one"), Path("out/one/short")):
+        for event in hold:
+            event.clear()
+        thread = threading.Thread(target=holder, args=(path,))
+        thread.start()
+        assert hold[0].wait(10)
+        with pytest.raises(LockError, match=f"{path} is in use"):
+            run("one")
+        hold[1].set()
+        thread.join()

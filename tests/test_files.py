@@ -7,6 +7,7 @@ import json
 import pytest
 
 from unlearn_gym.errors import (
+    PolicyError,
     ResultsError,
     SettingsError,
     shown,
@@ -69,9 +70,9 @@ BAD_JSON = [DEEP, '{"a":' * 100_000, '{"a": 1, "a": 2}', '{"a": NaN}', "[-Infini
 
 @pytest.mark.parametrize("text", BAD_JSON, ids=shown)
 def test_bad_json_is_one_line_in_whatever_reads_it(tmp_path, text):
-    from agents.main import read_manifest
     from unlearn_gym.evaluation.results import load_results
     from unlearn_gym.evaluation.store import CellStore
+    from unlearn_gym.policies.manifest import read_manifest
 
     fails(FormatError, parse_json, text)
     for name in ("results.json", "set.json", "agent.json"):
@@ -79,7 +80,7 @@ def test_bad_json_is_one_line_in_whatever_reads_it(tmp_path, text):
     fails(FormatError, read_json, tmp_path / "results.json")
     fails(ResultsError, load_results, tmp_path)
     fails(SettingsError, load_instances, f"{tmp_path}/set.json/train")
-    assert read_manifest(str(tmp_path / "agent.zip")) == {}
+    fails(PolicyError, read_manifest, tmp_path / "agent.zip")
     store = CellStore(tmp_path)
     store.path("static:0.5", 0, "key").write_text(text)
     assert store.read("static:0.5", 0, "key") is None

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
+import stat
+from pathlib import Path
 
 import pytest
 import torch
 
 from unlearn_gym.calibration import calibrate
-from unlearn_gym.errors import DataError, SettingsError, TaskError, WeightsError
+from unlearn_gym.distillation import DistillationSettings, distill
+from unlearn_gym.errors import DataError, FileError, LockError, SettingsError, TaskError, WeightsError
 from unlearn_gym.files import sha256
 from unlearn_gym.models import MLPConfig, UNetConfig, build_network
 from unlearn_gym.models.classifier import CLASSIFIER_WEIGHTS
 from unlearn_gym.models.one_step import OneStepNetwork
-from unlearn_gym.models.weights import load_weights, read_tensors, save_weights
+from unlearn_gym.models.weights import load_weights, read_checkpoint, read_tensors, save_weights
 from unlearn_gym.pretraining import Pretraining, PretrainSettings, one_cycle, pretrain, training_samples
 from unlearn_gym.tasks import TaskData, get_task, load_data, register_task, to_model_range
 from unlearn_gym.tasks.gaussians import classify_points, optimal_epsilon, sample_modes
 from unlearn_gym.tasks.mnist import GARMENT_LABEL, NUM_FORGET, NUM_TSHIRTS, load_shipped
+from unlearn_gym.train_classifier import train_classifier
 
 from .conftest import TASKS
 
@@ -63,6 +69,39 @@ def test_a_checkpoint_of_another_training_is_refused(change, tmp_path):
     with pytest.raises(WeightsError, match="another network, data or settings"):
         pretrain(TASK, data, SETTINGS.model_copy(update=change), tmp_path)
     assert before == {p.name: p.read_bytes() for p in tmp_path.glob("*.*")}
+
+
+def test_a_full_disk_ends_a_training_in_one_line_and_leaves_its_last_checkpoint_whole(tmp_path, monkeypatch):
+    """And the same command, once there is room, ends as an uninterrupted one does."""
+    task, data = get_task("gaussians-2d"), load_data(get_task("gaussians-2d"))
+    settings = PretrainSettings(updates=9, batch_size=8, checkpoint_every=3)
+    written, sync = [], os.fsync
+
+    def full(descriptor):
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            written.append(descriptor)
+            if len(written) > 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(FileError, match=r"pretrained\.checkpoint\.safetensors \(No space left on device\)"):
+            pretrain(task, data, settings, tmp_path / "full")
+    assert int(read_checkpoint(tmp_path / "full" / "pretrained.checkpoint.safetensors")["done"]) == 3
+    for out in ("full", "whole"):
+        pretrain(task, data, settings, tmp_path / out)
+    assert sha256(tmp_path / "full" / "pretrained.safetensors") == sha256(tmp_path / "whole" / "pretrained.safetensors")
+
+
+def test_a_training_into_a_folder_in_use_is_refused(locked):
+    task = get_task("gaussians-2d")
+    with pytest.raises(LockError, match="in use"):
+        pretrain(task, load_data(task), PretrainSettings(updates=1), locked)
+    with pytest.raises(LockError, match="in use"):
+        train_classifier(Path("nowhere"), locked)
+    with pytest.raises(LockError, match="in use"):
+        distill(get_task("sfd-mnist-digits"), DistillationSettings(updates=1), locked)
 
 
 def test_one_cycle_rises_then_falls_to_zero():

@@ -59,7 +59,7 @@ def test_every_agent_that_ships_has_its_scores_on_the_test_instances():
     scores = json.loads(SCORES.read_text())
     assert scores == json.loads((ROOT / "docs" / "transfer" / "scores.json").read_text())
     for manifest in shipped_agents().values():
-        assert set(scores["agents"][manifest["sha256"]]) == {f"{name}/test" for name in shipped_sets()}
+        assert set(scores["agents"][manifest.sha256]) == {f"{name}/test" for name in shipped_sets()}
 
 
 def test_every_command_named_exists():

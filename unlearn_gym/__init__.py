@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-import gymnasium
+from unlearn_gym.interrupts import quiet_until_begun
+
+quiet_until_begun()  # before all that takes time
+
+import gymnasium  # noqa: E402
 
 try:
     __version__ = version("unlearn_gym")

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from unlearn_gym import sfd
 from unlearn_gym.errors import TaskError, WeightsError, shown
 from unlearn_gym.files import sha256, write_json
+from unlearn_gym.locks import folder_lock
 from unlearn_gym.memory import bytes_per_sample, check_memory
 from unlearn_gym.models.flat import optimizer_state
 from unlearn_gym.models.one_step import OneStepNetwork
-from unlearn_gym.models.weights import read_tensors, save_weights
+from unlearn_gym.models.weights import read_checkpoint, save_checkpoint, save_weights
 from unlearn_gym.objectives import Learner
 from unlearn_gym.objectives.score_forgetting import SCORE_TIMESTEPS
-from unlearn_gym.pretraining import MEASURED_BATCH, make_folder, one_cycle
+from unlearn_gym.pretraining import MEASURED_BATCH, one_cycle
 from unlearn_gym.tasks import Task
 from unlearn_gym.torch_state import initial_weights_from, insulated
 from unlearn_gym.values import Checked
@@ -132,12 +133,12 @@ class Distillation:
         """Write everything that :meth:`load` needs to continue exactly here."""
         states = {f"{name}.{k}": v for name, n in self.networks.items() for k, v in n.tensors().items()}
         more = {"done": torch.tensor(self.done), "rng": self.generator.get_state(), "fingerprint": self.fingerprint}
-        save_weights(path, states | more)
+        save_checkpoint(path, states | more)
 
     @insulated
     def load(self, path: Path) -> None:
-        """Continue from :meth:`save`; raises :class:`WeightsError` for a checkpoint of another distillation."""
-        tensors = read_tensors(path)
+        """Continue from :meth:`save`; raises :class:`WeightsError` for a damaged one or one of another distillation."""
+        tensors = read_checkpoint(path)
         if not torch.equal(tensors.get("fingerprint", torch.empty(0)), self.fingerprint):
             raise WeightsError(
                 f"{path} is of a distillation of another teacher or with other settings; choose another --out "
@@ -162,11 +163,23 @@ def distill(
     """Distil the task's teacher, or with ``retain_only`` the one that never saw F; resumes from ``out``'s checkpoint.
 
     Writes ``<name>.safetensors`` (averaged weights of generator and fake network) and ``<name>.json`` (the manifest,
-    also returned) to ``out``, where name is ``pretrained`` or ``oracle``.
+    also returned) to ``out``, where name is ``pretrained`` or ``oracle``. Raises what
+    :func:`unlearn_gym.pretraining.pretrain` raises.
     """
-    name = "oracle" if retain_only else "pretrained"
-    make_folder(out)
     distillation = Distillation(_network(task, retain_only=retain_only), task.schedule.alphas_cumprod(), settings)
+    with folder_lock(out):
+        return _distill(task, distillation, out, retain_only, command, progress)
+
+
+def _distill(
+    task: Task,
+    distillation: Distillation,
+    out: Path,
+    retain_only: bool,
+    command: str,
+    progress: Callable[[int, int, float], None] | None,
+) -> dict[str, Any]:
+    settings, name = distillation.settings, "oracle" if retain_only else "pretrained"
     checkpoint = out / f"{name}.checkpoint.safetensors"
     if checkpoint.is_file():
         distillation.load(checkpoint)

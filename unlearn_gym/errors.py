@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import reprlib
 import tempfile
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 LONGEST_LINE = 1000
 """Characters of a message: enough for the names of all settings."""
@@ -111,6 +115,14 @@ class ResultsError(UnlearnGymError, ValueError):
     """Results that cannot be used together, or too few to compute a figure from."""
 
 
+class FileError(UnlearnGymError, OSError):
+    """A file that cannot be written."""
+
+
+class LockError(UnlearnGymError, RuntimeError):
+    """A folder that another process is writing to."""
+
+
 def error_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     lines = str(error).strip().splitlines()
@@ -134,3 +146,17 @@ def line_with_log(error: BaseException) -> str:
             os.unlink(path)
         return f"{line}; its traceback could not be kept ({failure})"
     return f"{line}; traceback: {path}"
+
+
+def describe_validation_error(error: ValidationError, known: Iterable[str] = ()) -> str:
+    """The first problem of a pydantic error as one line: the field, and its value or the nearest of the ``known``."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{where} is missing; give it"
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(first["loc"][-1]), list(known), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}" if known else ""
+        return f"there is no field {shown(where)}{hint}"
+    return f"{where}={shown(first['input'])}: {message}" if where else message

@@ -2,29 +2,126 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import re
-from collections.abc import Hashable
+import secrets
+from collections.abc import Hashable, Iterator
+from io import BufferedWriter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
-from unlearn_gym.errors import UnlearnGymError, error_line, shown
+from unlearn_gym.errors import FileError, UnlearnGymError, describe_validation_error, error_line, shown
+
+Schema = TypeVar("Schema", bound=BaseModel)
+LONGEST_STEM = 100
+"""Characters of a file's name that its temporary name keeps: file systems allow 255 bytes in all."""
 
 
-def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
-    """Write ``value`` as JSON by way of a partial file; floats that JSON does not know raise ValueError."""
-    write_bytes(path, (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode())
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BufferedWriter]:
+    """A new binary file, seekable, that takes the place of ``path`` when the block ends without an exception.
+
+    Its temporary name is of its own, in the same folder, and opened exclusively, so writers of one path do not meet
+    and a symbolic link that stands in the way is not followed; one that stands at ``path`` is replaced by the file.
+    After an exception ``path`` is what it was, and nothing else is left. Raises :class:`FileError` for what the
+    operating system refuses, such as a full disk, and where ``path`` is a folder or a device.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise FileError(f"cannot write {path}: it is no regular file; name another one")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _new_file(path)
+        temporary = Path(file.name)
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except FileError:
+        raise
+    except OSError as error:
+        raise FileError(
+            f"cannot write {path} ({error.strerror or error}); make room or choose another place: "
+            "what was there before is unchanged"
+        ) from None
+
+
+def _new_file(path: Path) -> BufferedWriter:
+    while True:
+        temporary = path.with_name(f".{path.name[:LONGEST_STEM]}.{secrets.token_hex(8)}.partial")
+        with contextlib.suppress(FileExistsError):
+            return temporary.open("xb")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a renaming last through a loss of power, where the file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` by way of a partial file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    """Write ``content`` by way of :func:`replacing`."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write ``content`` as UTF-8 by way of :func:`replacing`."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+    """Write ``value`` as JSON by way of :func:`replacing`; floats that JSON does not know raise ValueError."""
+    write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copy the content of ``source`` by way of :func:`replacing`."""
+    write_bytes(path, source.read_bytes())
+
+
+def read_json_as(path: Path, schema: type[Schema], error: type[UnlearnGymError], remedy: str) -> Schema:
+    """The content of a JSON file as ``schema`` has it.
+
+    Raises ``error``, in one line that ends with ``remedy``, for a file that cannot be read, is not JSON or does not fit
+    the schema; a file that is not there raises FileNotFoundError.
+    """
+    try:
+        content = _read_bytes(path, LARGEST_JSON)
+        parse_json(content)  # finds a key that is there twice, and too many levels, where pydantic finds neither
+        return schema.model_validate_json(content)
+    except FileNotFoundError:
+        raise
+    except ValidationError as reason:
+        raise error(f"{path} is damaged ({describe_validation_error(reason)}); {remedy}") from None
+    except FormatError as reason:
+        raise error(f"{path} is damaged ({reason}); {remedy}") from None
+    except OSError as reason:
+        raise error(f"cannot read {path} ({reason.strerror or reason}); {remedy}") from None
+
+
+def checksum(value: Any) -> str:
+    """SHA-256 of ``value`` as JSON, the same before it was written and after it was read, whatever order its keys have.
+
+    Raises ValueError and TypeError for what JSON does not know.
+    """
+    plain = json.loads(json.dumps(value, allow_nan=False))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

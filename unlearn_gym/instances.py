@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from unlearn_gym.errors import SettingsError, error_line, shown
-from unlearn_gym.files import FormatError, read_json, read_yaml, write_json
-from unlearn_gym.settings import RunSettings, describe_validation_error
+from unlearn_gym.errors import SettingsError, describe_validation_error, error_line, shown
+from unlearn_gym.files import FormatError, read_json_as, read_yaml, write_json
+from unlearn_gym.settings import RunSettings
 from unlearn_gym.tasks import Task, TaskData, get_task, load_data
 from unlearn_gym.values import Checked
 
@@ -142,6 +142,18 @@ class InstanceRanges(Checked):
         return self
 
 
+class InstanceSets(Checked):
+    """A file of instances: one to train on and one to test on. An instance may be the name of its task."""
+
+    train: tuple[Instance, ...]
+    test: tuple[Instance, ...]
+
+    @field_validator("train", "test", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return [{"task": one} if isinstance(one, str) else one for one in value] if isinstance(value, list) else value
+
+
 def build_instances(ranges: Path, out: Path, command: str) -> dict[str, Any]:
     """Draw the sets that a YAML file describes and write them to ``out``; raises :class:`SettingsError`."""
     try:
@@ -154,7 +166,6 @@ def build_instances(ranges: Path, out: Path, command: str) -> dict[str, Any]:
     rng = np.random.default_rng(described.seed)
     sets = {split: [i.as_info() for i in getattr(described, split).draw(rng)] for split in SPLITS}
     content = {"command": command, "ranges": described.model_dump(mode="json"), **sets}
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, content)
     return content
 
@@ -181,14 +192,9 @@ def load_instances(value: str | os.PathLike[str] | Sequence[Any]) -> tuple[Insta
             raise SettingsError(
                 f"there are no instances {shown(name)}; known: {', '.join(shipped_sets())}, or a .json file"
             )
-        try:
-            content = read_json(path)
-            sets = {s: tuple(Instance.parse(one) for one in content[s]) for s in SPLITS}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SettingsError(
-                f"{path} holds no instances ({error_line(error)}); it must be "
-                '{"train": [{"task": ...}, ...], "test": [...]}'
-            ) from None
+        remedy = 'it holds no instances: it must be {"train": [{"task": ...}, ...], "test": [...]}'
+        content = read_json_as(path, InstanceSets, SettingsError, remedy)
+        sets = {"train": content.train, "test": content.test}
         both = {i.task for i in sets["train"]} & {i.task for i in sets["test"]}
         if both:
             raise SettingsError(f"{path}: task {min(both)!r} is in both sets; an agent's test must be new to it")

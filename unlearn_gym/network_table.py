@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,8 @@ from torch import nn
 from unlearn_gym.benchmark.timing import take_turns
 from unlearn_gym.evaluation.judge import EvaluationSettings
 from unlearn_gym.evaluation.metrics import Evaluator
+from unlearn_gym.files import write_json, write_text
+from unlearn_gym.locks import folder_lock
 from unlearn_gym.models import UNetConfig, build_network
 from unlearn_gym.models.weights import load_weights
 from unlearn_gym.pretraining import PretrainSettings, pretrain
@@ -52,6 +53,11 @@ def step_milliseconds(models: dict[str, nn.Module], rounds: int = 15) -> dict[st
 
 def network_table(data: TaskData, out: Path, *, command: str, report: Callable[[str], None] = print) -> Path:
     """Train every candidate briefly (resumable), measure, and write ``networks.json`` and ``networks.md``."""
+    with folder_lock(out):
+        return _network_table(data, out, command, report)
+
+
+def _network_table(data: TaskData, out: Path, command: str, report: Callable[[str], None]) -> Path:
     task = get_task("mnist-trousers")
     rows: list[dict[str, Any]] = []
     models: dict[str, nn.Module] = {}
@@ -72,9 +78,9 @@ def network_table(data: TaskData, out: Path, *, command: str, report: Callable[[
         "command": command, "threads": torch.get_num_threads(), "training": TRAINING.model_dump(),
         "evaluation": dataclasses.asdict(EVALUATION), "rows": rows,
     }  # fmt: skip
-    (out / "networks.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(out / "networks.json", result)
     path = out / "networks.md"
-    path.write_text(_markdown(result))
+    write_text(path, _markdown(result))
     return path
 
 

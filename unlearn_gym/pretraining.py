@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from unlearn_gym.errors import WeightsError, shown
 from unlearn_gym.families import family_of
 from unlearn_gym.files import sha256, write_json
+from unlearn_gym.locks import folder_lock
 from unlearn_gym.memory import bytes_per_sample, check_memory
 from unlearn_gym.models.flat import FlatParameters
-from unlearn_gym.models.weights import read_tensors, save_weights
+from unlearn_gym.models.weights import read_checkpoint, save_checkpoint, save_weights
 from unlearn_gym.tasks import Task, TaskData, to_model_range
 from unlearn_gym.tasks.probe import set_losses
 from unlearn_gym.torch_state import initial_weights_from, insulated
@@ -115,7 +116,7 @@ class Pretraining:
     def save(self, path: Path) -> None:
         """Write everything that :meth:`load` needs to continue exactly here."""
         state = self.optimizer.state[self.flat.vector]
-        save_weights(
+        save_checkpoint(
             path,
             {
                 "vector": self.flat.vector, "ema": self.ema, "done": torch.tensor(self.done),
@@ -126,8 +127,8 @@ class Pretraining:
 
     @insulated
     def load(self, path: Path) -> None:
-        """Continue from :meth:`save`; raises :class:`WeightsError` for a checkpoint of another training."""
-        tensors = read_tensors(path)
+        """Continue from :meth:`save`; raises :class:`WeightsError` for a damaged one or one of another training."""
+        tensors = read_checkpoint(path)
         if not torch.equal(tensors.get("fingerprint", torch.empty(0)), self.fingerprint):
             raise WeightsError(
                 f"{path} is of a training with another network, data or settings; choose another --out or remove it"
@@ -163,14 +164,6 @@ def _fingerprint(task: Task, samples: Tensor, labels: Tensor | None, settings: P
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
-def make_folder(out: Path) -> None:
-    """Make the folder ``out``; raises :class:`WeightsError` where it cannot be one."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WeightsError(f"cannot make the folder {out} ({error.strerror}); choose another --out") from None
-
-
 @insulated
 def pretrain(
     task: Task,
@@ -186,13 +179,26 @@ def pretrain(
 
     Writes ``<name>.safetensors`` (averaged weights), ``<name>.json`` (the manifest, also returned),
     ``<name>.checkpoint.safetensors`` and TensorBoard curves to ``out``, where name is ``pretrained``
-    or ``oracle``. Raises :class:`WeightsError` where ``out`` cannot be a folder or holds another training's checkpoint.
+    or ``oracle``. Raises :class:`WeightsError` where ``out`` holds another training's checkpoint or a damaged one,
+    :class:`FileError` where it cannot be written to, and :class:`LockError` while another process writes to it.
     """
+    training = Pretraining(task, *training_samples(data, retain_only=retain_only), settings)
+    with folder_lock(out):
+        return _pretrain(task, data, training, out, retain_only, command, progress)
+
+
+def _pretrain(
+    task: Task,
+    data: TaskData,
+    training: Pretraining,
+    out: Path,
+    retain_only: bool,
+    command: str,
+    progress: Callable[[int, int, float], None] | None,
+) -> dict[str, Any]:
     from torch.utils.tensorboard import SummaryWriter
 
-    name = "oracle" if retain_only else "pretrained"
-    make_folder(out)
-    training = Pretraining(task, *training_samples(data, retain_only=retain_only), settings)
+    settings, name = training.settings, "oracle" if retain_only else "pretrained"
     checkpoint = out / f"{name}.checkpoint.safetensors"
     if checkpoint.is_file():
         training.load(checkpoint)

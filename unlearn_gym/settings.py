@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from unlearn_gym.errors import SettingsError, UnknownOptionError, error_line, shown
+from unlearn_gym.errors import SettingsError, UnknownOptionError, describe_validation_error, error_line, shown
 from unlearn_gym.values import Checked
 
 MAKER_ARGUMENTS = {
@@ -226,17 +225,3 @@ class RunSettings(Checked):
             return type(self).model_validate({**self.model_dump(), **options})
         except ValidationError as error:
             raise SettingsError(describe_validation_error(error)) from None
-
-
-def describe_validation_error(error: ValidationError, known: Iterable[str] = ()) -> str:
-    """The first problem of a pydantic error as one line: the field, and its value or the nearest of the ``known``."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "missing":
-        return f"{where} is missing; give it"
-    if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(str(first["loc"][-1]), list(known), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}" if known else ""
-        return f"there is no field {shown(where)}{hint}"
-    return f"{where}={shown(first['input'])}: {message}" if where else message

@@ -3,40 +3,60 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
+from unlearn_gym.errors import PolicyError
 from unlearn_gym.evaluation.statistics import Estimate
 from unlearn_gym.evaluation.tables import NOTHING, estimate_text, markdown_table, p_text
-from unlearn_gym.files import read_json
+from unlearn_gym.files import read_json_as
+from unlearn_gym.policies.manifest import ShippedManifest
 from unlearn_gym.policies.registry import SHIPPED_AGENTS
 
 SCORES = SHIPPED_AGENTS / "scores.json"
 """What ``agents.transfer`` measured, by the files' SHA-256."""
+REINSTALL = "reinstall the package"
 
 
-def shipped_agents() -> dict[Path, dict[str, Any]]:
-    """The manifest of every agent that ships."""
-    return {path: read_json(path.with_suffix(".json")) for path in sorted(SHIPPED_AGENTS.glob("*/*.zip"))}
+class Found(BaseModel):
+    """An agent's scores on a set, and the paired difference to the best static λ: mean and its interval's ends."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    difference: list[float] | None = Field(min_length=3, max_length=3)
+    p_value: float | None
 
 
-def steps_to_best_static(manifest: dict[str, Any]) -> int | None:
+class ShippedScores(BaseModel):
+    """What ``scores.json`` holds, as far as anything is read from it: by agent and set."""
+
+    agents: dict[str, dict[str, Found]]
+
+
+def shipped_agents() -> dict[Path, ShippedManifest]:
+    """The manifest of every agent that ships; raises :class:`PolicyError` for a damaged installation."""
+    paths = sorted(SHIPPED_AGENTS.glob("*/*.zip"))
+    return {path: read_json_as(path.with_suffix(".json"), ShippedManifest, PolicyError, REINSTALL) for path in paths}
+
+
+def steps_to_best_static(manifest: ShippedManifest) -> int | None:
     """Environment steps until a validation's mean return first reached the best static λ's on the same episodes."""
-    threshold = max(manifest["static_returns"].values())
-    return next((s["timesteps"] for s in manifest["validation"] if _mean(s["returns"]) >= threshold), None)
+    threshold = max(manifest.static_returns.values())
+    return next((s.timesteps for s in manifest.validation if _mean(s.returns) >= threshold), None)
 
 
 def training_table() -> str:
     """What every agent was trained on, and its validation returns beside the best static λ's."""
     rows = []
     for path, manifest in shipped_agents().items():
-        best = max(manifest["static_returns"], key=manifest["static_returns"].__getitem__)
+        best = max(manifest.static_returns, key=manifest.static_returns.__getitem__)
         steps = steps_to_best_static(manifest)
         rows.append(
             [
-                _name(path), manifest["algorithm"], manifest["instances"] or manifest["task"], manifest["reward"],
-                str(manifest["seed"]), f"{manifest['timesteps']:,}", f"{manifest['seconds'] / 60:.1f}",
-                ", ".join(f"{_mean(stage['returns']):.2f}" for stage in manifest["validation"]),
-                f"{manifest['static_returns'][best]:.2f} (λ = {best.removeprefix('static:')})",
+                _name(path), manifest.algorithm, manifest.instances or manifest.task or "", manifest.reward,
+                str(manifest.seed), f"{manifest.timesteps:,}", f"{manifest.seconds / 60:.1f}",
+                ", ".join(f"{_mean(stage.returns):.2f}" for stage in manifest.validation),
+                f"{manifest.static_returns[best]:.2f} (λ = {best.removeprefix('static:')})",
                 "never" if steps is None else f"{steps:,}",
             ]
         )  # fmt: skip
@@ -46,19 +66,19 @@ def training_table() -> str:
 
 def score_table() -> str:
     """Every agent's score on test instances less the best static λ's of the set by hindsight."""
-    scores = read_json(SCORES)["agents"]
+    scores = read_json_as(SCORES, ShippedScores, PolicyError, REINSTALL).agents
     sets = list(dict.fromkeys(name for found in scores.values() for name in found))
     rows = []
     for path, manifest in shipped_agents().items():
-        found = scores.get(manifest["sha256"], {})
+        found = scores.get(manifest.sha256, {})
         rows.append([_name(path), *(_difference(found.get(name)) for name in sets)])
     return markdown_table(["score − best static λ on", *sets], rows)
 
 
-def _difference(found: dict[str, Any] | None) -> str:
-    if found is None or found["difference"] is None:
+def _difference(found: Found | None) -> str:
+    if found is None or found.difference is None:
         return NOTHING
-    return f"{estimate_text(Estimate(*found['difference']), '{:+.3f}'.format)}, p {p_text(found['p_value'])}"
+    return f"{estimate_text(Estimate(*found.difference), '{:+.3f}'.format)}, p {p_text(found.p_value)}"
 
 
 def _name(path: Path) -> str:

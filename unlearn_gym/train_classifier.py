@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unlearn_gym.errors import SettingsError, shown
 from unlearn_gym.files import sha256, write_json
+from unlearn_gym.locks import folder_lock
 from unlearn_gym.memory import check_memory
 from unlearn_gym.models.classifier import NUM_DIGITS, TROUSERS, DigitGarmentClassifier
 from unlearn_gym.models.weights import save_weights
@@ -71,11 +72,26 @@ def train_classifier(
 ) -> dict[str, Any]:
     """Write ``classifier.safetensors`` and its manifest ``classifier.json`` to ``out``.
 
-    All updates' batches are chosen at the start. Raises ``SettingsError`` where that is more than memory holds.
+    All updates' batches are chosen at the start. Raises ``SettingsError`` where that is more than memory holds,
+    :class:`FileError` where ``out`` cannot be written to, and :class:`LockError` while another process does.
     """
     if updates < 1 or batch_size < 1:
         raise SettingsError(f"updates={shown(updates)} and batch_size={shown(batch_size)} must be at least 1")
     check_memory(2 * 8 * updates * batch_size, f"updates={shown(updates)}, batch_size={shown(batch_size)}")
+    with folder_lock(out):
+        return _train(root, out, updates, batch_size, seed, download, command, progress)
+
+
+def _train(
+    root: Path,
+    out: Path,
+    updates: int,
+    batch_size: int,
+    seed: int,
+    download: bool,
+    command: str,
+    progress: Callable[[int, int, float], None] | None,
+) -> dict[str, Any]:
     images, labels = labelled_images(root, train=True, download=download)
     weights = (1.0 / torch.bincount(labels).float())[labels]
     generator = torch.Generator().manual_seed(seed)

@@ -12,6 +12,7 @@ from unlearn_gym.benchmark.figures import Figure
 from unlearn_gym.benchmark.step import make_env, stepping
 from unlearn_gym.benchmark.timing import repeated, take_turns
 from unlearn_gym.benchmark.vector import make_ours
+from unlearn_gym.files import replacing
 from unlearn_gym.models import UNetConfig, build_network
 from unlearn_gym.run import UnlearningRun
 from unlearn_gym.tasks import get_task, load_data
@@ -89,4 +90,5 @@ def _plot(curves: dict[str, Curve], path: Path) -> None:
         axes.set_ylabel("ms")
         axes.legend(frameon=False)
     picture.suptitle("time of a step")
-    picture.savefig(path, dpi=110)
+    with replacing(path) as file:
+        picture.savefig(file, dpi=110, format="png")

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import joblib
 import torch
+from pydantic import BaseModel, ConfigDict, StringConstraints
 
 import unlearn_gym
 from unlearn_gym.benchmark import evaluation, growth, objectives, observation, step, tried, vector
 from unlearn_gym.benchmark.figures import Figure, markdown
-from unlearn_gym.errors import SettingsError
-from unlearn_gym.files import read_json, write_json
+from unlearn_gym.errors import ResultsError, SettingsError
+from unlearn_gym.files import read_json, read_json_as, write_json, write_text
+from unlearn_gym.locks import folder_lock
 from unlearn_gym.tasks import get_task
 
 ITEMS = {
@@ -35,6 +36,39 @@ ITEMS = {
 }
 QUICK_ITEMS = ("1", "2", "3", "4", "5", "6", "7")
 FAST_TASK = "gaussians-2d"
+
+
+class Item(BaseModel):
+    """One item of ``bench.json``."""
+
+    model_config = ConfigDict(strict=True)
+
+    command: str
+    seconds: float
+    figures: list[Figure]
+
+
+class Machine(BaseModel):
+    """Where it was measured."""
+
+    model_config = ConfigDict(strict=True)
+
+    processor: str
+    cores: int
+
+
+class Bench(BaseModel):
+    """What ``bench.json`` holds, as far as anything is read from it."""
+
+    model_config = ConfigDict(strict=True)
+
+    task: str
+    device: str
+    quick: bool
+    machine: Machine
+    versions: dict[str, str]
+    items: dict[Annotated[str, StringConstraints(pattern=r"^\d+$")], Item]
+
 
 Measured = tuple[list[Figure], dict[str, Any]]
 
@@ -122,30 +156,40 @@ def run_suite(
         )
     check_task(task)
     step.make_env(task, device)  # a bad task or device fails here, in one line
-    out.mkdir(parents=True, exist_ok=True)
-    result = _begin(out, task, device, quick=quick)
+    with folder_lock(out):
+        result = _begin(out, task, device, quick=quick, say=progress)
+        return _measure(chosen, result, out, command, progress)
+
+
+def _measure(
+    chosen: tuple[str, ...], result: dict[str, Any], out: Path, command: str, progress: Callable[[str], None]
+) -> list[Figure]:
+    """Measure the ``chosen`` items into ``result``, which is written after each."""
     figures: list[Figure] = []
     for item in chosen:
         progress(f"{item}: {ITEMS[item]} ...")
         started = time.perf_counter()
-        found, raw = measure_item(item, task, device, out, quick=quick)
+        found, raw = measure_item(item, result["task"], result["device"], out, quick=result["quick"])
         figures += found
         result["items"][item] = {
             "command": command, "seconds": round(time.perf_counter() - started, 1),
             "figures": [figure.as_dict() for figure in found], "raw": raw,
         }  # fmt: skip
         write_json(out / "bench.json", result)
-        (out / "bench.md").write_text(report(result) + "\n")
+        write_text(out / "bench.md", report(result) + "\n")
     return figures
 
 
-def _begin(out: Path, task: str, device: str, *, quick: bool) -> dict[str, Any]:
+def _begin(out: Path, task: str, device: str, *, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
     """The result in ``out`` to be completed, if it is of the same machine, versions and sizes, or an empty one."""
     own = {"task": task, "device": device, "quick": quick, **_provenance(device)}
-    with contextlib.suppress(OSError, ValueError):
-        stored = load(out)
-        if {key: stored.get(key) for key in own} == own and isinstance(stored.get("items"), dict):
-            return stored
+    try:
+        stored = load(out) if (out / "bench.json").exists() else {}
+    except ResultsError as error:
+        say(str(error))
+        stored = {}
+    if {key: stored.get(key) for key in own} == own:
+        return stored
     return {**own, "items": {}}
 
 
@@ -161,8 +205,10 @@ def _provenance(device: str) -> dict[str, Any]:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """What :func:`run_suite` wrote to ``folder``."""
-    result: dict[str, Any] = read_json(folder / "bench.json")
+    """What :func:`run_suite` wrote to ``folder``; raises :class:`ResultsError` where that is damaged."""
+    path = folder / "bench.json"
+    read_json_as(path, Bench, ResultsError, "the items in it are to be measured again")
+    result: dict[str, Any] = read_json(path)
     return result
 
 

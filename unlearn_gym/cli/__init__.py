@@ -9,6 +9,7 @@ from typing import Any
 import tyro
 
 from unlearn_gym.cli import assets, evidence
+from unlearn_gym.interrupts import INTERRUPTED, begun
 from unlearn_gym.processes import Terminated, signals_as_interrupts
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -33,10 +34,10 @@ def main() -> None:
     """Entry point: a known error becomes one line on stderr and exit status 2."""
     from pydantic import ValidationError
 
-    from unlearn_gym.errors import UnlearnGymError, check_texts, line_with_log
-    from unlearn_gym.settings import describe_validation_error
+    from unlearn_gym.errors import UnlearnGymError, check_texts, describe_validation_error, line_with_log
 
     try:
+        begun()
         check_texts(sys.argv)
         with signals_as_interrupts():
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="unlearn-gym")
@@ -49,7 +50,7 @@ def main() -> None:
     except Terminated as ended:
         sys.exit(_fail(f"{ended}; the same command resumes", status=ended.status))
     except KeyboardInterrupt:
-        sys.exit(_fail("interrupted; the same command resumes", status=130))
+        sys.exit(_fail("interrupted; the same command resumes", status=INTERRUPTED))
 
 
 def _fail(message: str, status: int = 2) -> int:

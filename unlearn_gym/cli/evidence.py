@@ -85,9 +85,9 @@ def report(
 ) -> None:
     """Write tables and pictures again from results.json; several folders of one task are merged."""
     from unlearn_gym.errors import ResultsError
+    from unlearn_gym.evaluation.records import write_results
     from unlearn_gym.evaluation.report import write_report
     from unlearn_gym.evaluation.results import load_results, merge_results
-    from unlearn_gym.files import write_json
 
     if not folders:
         raise ResultsError("name at least one folder with a results.json")
@@ -99,7 +99,7 @@ def report(
     target = out or folders[0]
     path = write_report(results, target)
     if target != folders[0]:
-        write_json(target / "results.json", results.raw, indent=None)
+        write_results(target / "results.json", results.raw)
     print(path)
     _print_tables(results)
 

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import platform
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -31,12 +32,15 @@ from unlearn_gym.evaluation.cell import (
 )
 from unlearn_gym.evaluation.episode import policy_context, run_episode
 from unlearn_gym.evaluation.judge import EvaluationSettings, Judge
-from unlearn_gym.evaluation.results import CELL_FORMAT, Results, load_results
+from unlearn_gym.evaluation.records import read_cells, signed, write_results
+from unlearn_gym.evaluation.results import CELL_FORMAT, Results
 from unlearn_gym.evaluation.store import CellStore
-from unlearn_gym.files import read_json, sha256, write_json
+from unlearn_gym.files import sha256
+from unlearn_gym.locks import folder_lock
 from unlearn_gym.models.classifier import CLASSIFIER_WEIGHTS
 from unlearn_gym.objectives import lambda_role
 from unlearn_gym.policies import existing_sources, make_policy, policy_sources, split_name
+from unlearn_gym.policies.manifest import read_manifest
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.tasks import Task, get_task, load_data, register_task, resolve_data_root, task_names
 
@@ -125,6 +129,7 @@ class Comparison:
         for policy in self.policies:
             if policy in REFERENCES:
                 raise PolicyError(f"{policy!r} is in every comparison already; leave it out of the policies")
+            agent_training(policy, self.task)  # a damaged manifest fails here, not after everything ran
 
     def try_policies(self, policies: Iterable[str]) -> None:
         """Raise what the cells of ``policies`` would raise, before any of them runs."""
@@ -205,6 +210,21 @@ def run_comparison(
     if jobs < 1:
         raise SettingsError(f"jobs={jobs} must be at least 1")
     comparison.validate()
+    with folder_lock(out):
+        return _run_comparison(comparison, out, store, jobs, engine, command, progress, save_models=save_models)
+
+
+def _run_comparison(
+    comparison: Comparison,
+    out: Path,
+    store: CellStore | None,
+    jobs: int,
+    engine: str,
+    command: str,
+    progress: CellProgress | None,
+    *,
+    save_models: bool,
+) -> Results:
     before = finished_cells(out)
     store = store or CellStore(out / "cells", known=before)
     cells, keys = comparison.cells(), comparison.cell_keys()
@@ -213,8 +233,9 @@ def run_comparison(
     if save_models:
         saved = {n: store.model_path(*n, keys[n[0]]).is_file() for n in found}
         found = {n: cell for n, cell in found.items() if saved[n] or cell["diverged"]}
+    if store.faults:
+        tell(f"{len(store.faults)} stored runs are not believed and run again; the first: {store.faults[0]}")
     comparison.try_policies(dict.fromkeys(policy for policy, seed in cells if (policy, seed) not in found))
-    out.mkdir(parents=True, exist_ok=True)
     report = progress or (lambda cell, done, total: None)
     report(None, 0, len(cells))
     for done, cell in enumerate(found.values(), start=1):
@@ -223,9 +244,9 @@ def run_comparison(
     task = get_task(comparison.task)
     calls = [(task, comparison, *name, keys[name[0]], threads, save_models) for name in cells if name not in found]
     with contextlib.closing(run_calls(engine, _run_keyed, calls, jobs, _cell_name)) as ran:
-        for cell in ran:
-            found[cell["policy"], cell["seed"]] = cell
-            model = cell.pop("model", None)
+        for fresh in ran:
+            model = fresh.pop("model", None)
+            cell = found[fresh["policy"], fresh["seed"]] = signed(fresh)
             if model is not None:
                 store.write_model(cell, model)
             write_curves(out / "tensorboard" / store.path(cell["policy"], cell["seed"], cell["key"]).stem, cell)
@@ -238,7 +259,7 @@ def run_comparison(
     for cell in before:
         if found.get((cell["policy"], cell["seed"]), {}).get("key") != cell.get("key"):
             store.write(cell)
-    write_json(out / "results.json", raw, indent=None)
+    write_results(out / "results.json", raw)
     return Results(raw)
 
 
@@ -247,11 +268,16 @@ def _cell_name(task: Task, comparison: Comparison, policy: str, seed: int, *rest
 
 
 def finished_cells(out: Path) -> list[dict[str, Any]]:
-    """The cells of the ``results.json`` in ``out``, if there is a whole one."""
-    try:
-        return load_results(out).cells
-    except ResultsError:
-        return []
+    """The sound cells of the ``results.json`` in ``out``; says in one line why there are others."""
+    sound, wrong = read_cells(out / "results.json", CELL_FORMAT)
+    if wrong is not None:
+        tell(f"{wrong}; what is not sound is run again")
+    return sound
+
+
+def tell(line: str) -> None:
+    """Say on stderr what a command does otherwise than was to be expected."""
+    print(f"unlearn-gym: {line}", file=sys.stderr, flush=True)
 
 
 def _run_keyed(
@@ -271,12 +297,13 @@ def _run_keyed(
 
 
 def agent_training(policy: str, task: str) -> dict[str, Any] | None:
-    """What a shipped or trained agent's manifest says of its training's cost; None for all that needed none."""
-    manifests = [p.with_suffix(".json") for p in policy_sources(policy, task) if p.suffix == ".zip"]
-    if not manifests or not manifests[0].is_file():
+    """What a shipped or trained agent's manifest says of its training's cost; None for all that needed none;
+    raises :class:`PolicyError` for a damaged manifest.
+    """
+    agents = [p for p in policy_sources(policy, task) if p.suffix == ".zip"]
+    if not agents or not agents[0].with_suffix(".json").is_file():
         return None
-    trained = read_json(manifests[0])
-    return {key: trained.get(key) for key in ("seconds", "timesteps", "reward", "seed", "task")}
+    return read_manifest(agents[0]).model_dump(include={"seconds", "timesteps", "reward", "seed", "task"})
 
 
 def _probe_cap(task: Task) -> float | None:

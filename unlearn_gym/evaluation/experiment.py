@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from unlearn_gym.errors import ResultsError, UnlearnGymError, shown
+from unlearn_gym.errors import ResultsError, UnlearnGymError, describe_validation_error, shown
 from unlearn_gym.evaluation.catalogue import BY_NAME
 from unlearn_gym.evaluation.cell import REFERENCES, UNTOUCHED
 from unlearn_gym.evaluation.comparison import MOST_SEEDS, Comparison, finished_cells, run_comparison
@@ -28,8 +28,8 @@ from unlearn_gym.evaluation.tables import (
     markdown_table,
     p_text,
 )
-from unlearn_gym.files import FormatError, read_yaml
-from unlearn_gym.settings import describe_validation_error
+from unlearn_gym.files import FormatError, read_yaml, write_text
+from unlearn_gym.locks import folder_lock
 from unlearn_gym.values import Checked
 
 EXPERIMENTS = Path("configs/experiments")
@@ -143,6 +143,28 @@ def run_experiment(
     setting and seed. Returns the path of ``experiment.md``.
     """
     experiment = load_experiment(name)
+    with folder_lock(out):
+        arms = _run_arms(experiment, name, out, quick, jobs, data_root, command, progress, engine, trust)
+        for arm, results in arms.items():
+            write_report(results, out / arm)
+        path = out / "experiment.md"
+        write_text(path, experiment_page(Path(name).stem, experiment.question, arms))
+    return path
+
+
+def _run_arms(
+    experiment: Experiment,
+    name: str,
+    out: Path,
+    quick: bool,
+    jobs: int,
+    data_root: str | None,
+    command: str,
+    progress: Progress,
+    engine: str,
+    trust: bool,
+) -> dict[str, Results]:
+    """The results of each arm, or of what is merged."""
     if experiment.merge:
         arms = _merged_arms(experiment, out, command, quick=quick)
     else:
@@ -161,11 +183,7 @@ def run_experiment(
             arms[arm] = run_comparison(
                 comparison, out / arm, store=store, jobs=jobs, engine=engine, command=command, progress=progress(arm)
             )
-    for arm, results in arms.items():
-        write_report(results, out / arm)
-    path = out / "experiment.md"
-    path.write_text(experiment_page(Path(name).stem, experiment.question, arms))
-    return path
+    return arms
 
 
 def _merged_arms(experiment: Experiment, out: Path, command: str, *, quick: bool) -> dict[str, Results]:

@@ -18,6 +18,7 @@ from unlearn_gym.envs.rendering import draw_samples
 from unlearn_gym.evaluation.cell import FINETUNE, ORACLE, REFERENCES, UNTOUCHED, unpack_samples
 from unlearn_gym.evaluation.results import Results
 from unlearn_gym.evaluation.statistics import Estimate, spearman
+from unlearn_gym.files import replacing
 
 HITS_SHOWN, GRID_SIZE = 20, 40
 KNOWN = (
@@ -50,7 +51,8 @@ def color(policy: str) -> Any:
 def save(figure: Figure, path: Path) -> Path:
     """Write the picture as PNG."""
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=130)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=130, format="png")
     return path
 
 

@@ -15,6 +15,8 @@ from unlearn_gym.evaluation.results import Results
 from unlearn_gym.evaluation.signatures import warnings
 from unlearn_gym.evaluation.statistics import spearman
 from unlearn_gym.evaluation.tables import estimate_text, markdown_table
+from unlearn_gym.files import write_text
+from unlearn_gym.locks import folder_lock
 from unlearn_gym.objectives import OBJECTIVES
 
 FIGURES = ("forget_rate", "forget_loss", "retain_loss")
@@ -40,7 +42,11 @@ SAMPLING = {
 
 def write_report(results: Results, out: Path) -> Path:
     """Write ``report.md`` and the pictures beside it; returns the report's path."""
-    out.mkdir(parents=True, exist_ok=True)
+    with folder_lock(out):
+        return _write_report(results, out)
+
+
+def _write_report(results: Results, out: Path) -> Path:
     made = f"Made by `{results.raw['command']}`" if results.raw["command"] else "Made from Python"
     sections = [
         f"# Comparison on {results.task}",
@@ -62,7 +68,7 @@ def write_report(results: Results, out: Path) -> Path:
         f"{hours(results):.2f} core hours.",
     ]
     path = out / "report.md"
-    path.write_text("\n\n".join(sections) + "\n")
+    write_text(path, "\n\n".join(sections) + "\n")
     return path
 
 

@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 from unlearn_gym.errors import ResultsError
 from unlearn_gym.evaluation.cell import FINETUNE, ORACLE, REFERENCES, UNTOUCHED
 from unlearn_gym.evaluation.matched import Probe, matched_levels
+from unlearn_gym.evaluation.records import read_results
 from unlearn_gym.evaluation.statistics import Estimate, bootstrap_mean
-from unlearn_gym.files import read_json
 from unlearn_gym.settings import RunSettings
 
 CELL_FORMAT = 2
 """To be raised when a cell holds more than before or a default changes, so that older ones are run again."""
-RESULT_KEYS = {"format", "comparison", "settings", "calibration", "versions", "cells", "command"}
 MUST_AGREE = (
     "settings", "num_train_timesteps", "num_inference_steps", "num_retain", "num_forget", "num_reference",
     "feature_dim", "probe_cap", "calibration", "versions",
@@ -165,22 +164,13 @@ class Results:
 
 
 def load_results(folder: Path) -> Results:
-    """The ``results.json`` of a finished comparison; raises :class:`ResultsError` when there is none."""
+    """The ``results.json`` of a finished comparison; raises :class:`ResultsError` where there is none, and for one that
+    does not hold what was written.
+    """
     path = folder / "results.json"
-    try:
-        raw = read_json(path)
-    except OSError:
-        raise ResultsError(f"no results.json in {folder}; finish 'unlearn-gym compare --out {folder}'") from None
-    except ValueError as error:
-        raise ResultsError(f"{path} is damaged ({error}); run the comparison again") from None
-    missing = RESULT_KEYS - raw.keys() if isinstance(raw, dict) else RESULT_KEYS
-    if missing:
-        raise ResultsError(f"{path} lacks {sorted(missing)[0]!r}; run the comparison again")
-    if raw["format"] != CELL_FORMAT:
-        raise ResultsError(f"{path} has format {raw['format']}, this version {CELL_FORMAT}; run the comparison again")
-    if not raw["cells"] or "task" not in raw["comparison"]:
-        raise ResultsError(f"{path} holds no runs of a task; run the comparison again")
-    return Results(raw)
+    if not path.exists():
+        raise ResultsError(f"no results.json in {folder}; finish 'unlearn-gym compare --out {folder}'")
+    return Results(read_results(path, CELL_FORMAT))
 
 
 def merge_results(parts: Sequence[Results], names: Sequence[str]) -> Results:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
 from unlearn_gym.diffusion import ScheduleConfig, ScheduleKind
-from unlearn_gym.errors import SettingsError, WeightsError
+from unlearn_gym.errors import SettingsError, WeightsError, describe_validation_error
 from unlearn_gym.files import read_json
 from unlearn_gym.models.diffusers_unet import (
     ARCHITECTURES,
@@ -31,7 +31,6 @@ from unlearn_gym.models.diffusers_unet import (
 )
 from unlearn_gym.models.flat import detached_copy
 from unlearn_gym.models.weights import load_tensors, read_tensors, save_weights
-from unlearn_gym.settings import describe_validation_error
 
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 STEM = "diffusion_pytorch_model"

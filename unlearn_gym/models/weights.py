@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from unlearn_gym.errors import WeightsError
 from unlearn_gym.files import write_bytes
+
+CHECKSUM = "checksum"
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
@@ -32,6 +35,32 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"{path} is not a readable safetensors file ({error}); restore or remake it") from None
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """:func:`save_weights` with a checksum of all values, for :func:`read_checkpoint`."""
+    save_weights(path, {**tensors, CHECKSUM: _digest(tensors)})
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors that :func:`save_checkpoint` wrote; raises :class:`WeightsError` where any bit of them differs."""
+    tensors = read_tensors(path)
+    found = tensors.pop(CHECKSUM, None)
+    if found is None or not torch.equal(found, _digest(tensors)):
+        raise WeightsError(
+            f"{path} is damaged or of an older version: its values do not fit its checksum; remove it to begin anew, "
+            "or choose another --out"
+        )
+    return tensors
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> Tensor:
+    """SHA-256 of names, types, shapes and values, uint8 ``(32,)``."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -17,8 +17,7 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from unlearn_gym.errors import PolicyError, error_line
-from unlearn_gym.settings import describe_validation_error
+from unlearn_gym.errors import PolicyError, describe_validation_error, error_line
 
 MAX_BYTES = {"data": 64 << 20, "policy.pth": 1 << 30}
 """Unpacked sizes above which an entry is not read: agents of some dozen observations take a hundredth."""

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from unlearn_gym.errors import DataError, SettingsError, WeightsError
-from unlearn_gym.files import read_json, sha256, write_json
+from unlearn_gym.files import read_json_as, sha256, write_json
 from unlearn_gym.models.diffusers_folder import Source, read_folder
 from unlearn_gym.models.diffusers_unet import DiffusersConfig, DiffusersNetwork
 from unlearn_gym.models.weights import load_weights, read_tensors, save_weights
@@ -159,12 +161,21 @@ def _check_manifest(config: DiffusersConfig, assets: Path) -> None:
         raise WeightsError(f"{assets} holds the weights of another network; choose another folder for assets")
 
 
+class Manifest(BaseModel):
+    """What ``pretrained.json`` holds, as far as anything is read from it; what is missing is not known."""
+
+    model_config = ConfigDict(strict=True)
+
+    imported_from: list[str] = []
+    network: dict[str, Any] | str = {}
+    sha256: str = ""
+    scheduler: dict[str, Any] = {}
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """What stands beside imported or trained weights; empty where nothing does. Raises :class:`WeightsError`."""
     try:
-        value = read_json(path)
+        found = read_json_as(path, Manifest, WeightsError, "remove it, or choose another assets")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} is not readable JSON ({error}); remove it, or choose another assets") from None
-    return value if isinstance(value, dict) else {}
+    return found.model_dump(exclude_unset=True)

@@ -5,7 +5,6 @@ some of its own digits.
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 import zlib
 from dataclasses import replace
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unlearn_gym.errors import DataError, error_line
+from unlearn_gym.files import replacing, sha256
 from unlearn_gym.tasks.data import TaskData, load_torchvision, part_by_class
 
 NUM_FORGET = 674
@@ -151,9 +151,9 @@ def _choose_garments(
 
 
 def _write_archive(archive: Path, **arrays: NDArray[np.uint8]) -> str:
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(archive, **arrays)  # type: ignore[arg-type]
-    return hashlib.sha256(archive.read_bytes()).hexdigest()
+    with replacing(archive) as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    return sha256(archive)
 
 
 def _garments(kind: int, data_root: Path, *, train: bool, download: bool) -> Tensor:

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from unlearn_gym.diffusion import ScheduleConfig
 from unlearn_gym.errors import DataError, TaskError, WeightsError, shown
 from unlearn_gym.families import Family, family_of
-from unlearn_gym.files import read_json
+from unlearn_gym.files import read_json_as
 from unlearn_gym.models import MLPConfig, UNetConfig, VAEConfig, build_network
 from unlearn_gym.models.one_step import OneStepNetwork
 from unlearn_gym.models.weights import load_weights
-from unlearn_gym.settings import RunSettings, describe_validation_error
+from unlearn_gym.settings import RunSettings
 from unlearn_gym.tasks.data import TaskData
 from unlearn_gym.torch_state import initial_weights_from, insulated
 from unlearn_gym.values import Checked
@@ -193,17 +193,13 @@ class Task:
         path, shared = self.assets / "constants.json", self.pretrained_path.parent / "constants.json"
         borrowed = not path.is_file() and shared.is_file()
         try:
-            constants = FeatureConstants.model_validate(read_json(shared if borrowed else path))
+            constants = read_json_as(shared if borrowed else path, FeatureConstants, TaskError, "measure it again")
             return constants.model_copy(update={"unseen_forget_loss": None}) if borrowed else constants
         except FileNotFoundError:
             raise TaskError(
                 f"task {self.name!r} has no {path.name}; run {self._command('calibrate')} "
                 "or pass normalize_features=False"
             ) from None
-        except ValidationError as error:
-            raise TaskError(f"{path}: {describe_validation_error(error)}; measure it again") from None
-        except ValueError as error:
-            raise TaskError(f"cannot read {path} ({error}); measure it again") from None
 
 
 @dataclass(frozen=True)

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from unlearn_gym.diffusion import ScheduleConfig
-from unlearn_gym.errors import SettingsError, WeightsError
+from unlearn_gym.errors import SettingsError, WeightsError, describe_validation_error
+from unlearn_gym.files import parse_json
 from unlearn_gym.models import MLPConfig, UNetConfig, VAEConfig, build_network
 from unlearn_gym.models.diffusers_folder import save_pipeline
 from unlearn_gym.models.diffusers_unet import DiffusersConfig, DiffusersNetwork
 from unlearn_gym.models.weights import load_weights, save_weights, serialize
-from unlearn_gym.settings import describe_validation_error
 from unlearn_gym.tasks.diffusers_pipeline import read_manifest
 from unlearn_gym.tasks.registry import Task, get_task
 from unlearn_gym.torch_state import initial_weights_from, insulated
 
 HEADER = "unlearn_gym"
 """The entry of a safetensors file's metadata that says what its tensors are."""
-Network = Annotated[UNetConfig | MLPConfig | VAEConfig | DiffusersConfig, Field(discriminator="kind")]
+Network = UNetConfig | MLPConfig | VAEConfig | DiffusersConfig
 
 
 class Header(BaseModel):
@@ -71,8 +70,8 @@ def save_model(model: nn.Module, task: Task, path: str | os.PathLike[str]) -> Pa
     if where.suffix == ".safetensors":
         save_weights(where, model.state_dict(), Header.of(task).as_metadata())
     elif isinstance(model, DiffusersNetwork):
-        told = read_manifest(task.pretrained_path.with_suffix(".json")).get("scheduler")
-        save_pipeline(model, where, told if isinstance(told, dict) else {})
+        told = read_manifest(task.pretrained_path.with_suffix(".json"))
+        save_pipeline(model, where, told.get("scheduler", {}))
     else:
         raise SettingsError(f"path={str(where)!r} must end with .safetensors; only networks of diffusers have a folder")
     return where
@@ -88,7 +87,7 @@ def read_header(path: str | os.PathLike[str]) -> Header | None:
     try:
         with safe_open(path, "pt") as file:
             text: Any = (file.metadata() or {}).get(HEADER)
-        return None if text is None else Header.model_validate(json.loads(text))
+        return None if text is None else Header.model_validate(parse_json(text))
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is not a readable safetensors file ({error}); restore or remake it") from None
     except ValidationError as error:

@@ -1,0 +1,303 @@
+"""Files: never torn, never through a link, never by two commands at once; what is read is checked; quiet interrupts."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from unlearn_gym import files
+from unlearn_gym.errors import FileError, LockError, PolicyError, WeightsError
+from unlearn_gym.evaluation.pictures import save
+from unlearn_gym.files import checksum, replacing, write_json, write_text
+from unlearn_gym.interrupts import command_name
+from unlearn_gym.locks import LOCK, folder_lock
+from unlearn_gym.models.weights import read_checkpoint, save_checkpoint, save_weights
+from unlearn_gym.policies.manifest import read_manifest
+
+ROOT = Path(__file__).resolve().parent.parent
+WRITERS = {
+    "text": lambda path: write_text(path, "new"),
+    "json": lambda path: write_json(path, {"new": 1}),
+    "weights": lambda path: save_weights(path, {"w": torch.zeros(3)}),
+    "picture": lambda path: save(Figure(), path),
+}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_reader_sees_one_of_the_writers_whole(tmp_path):
+    path, stop, wrong = tmp_path / "results.json", threading.Event(), []
+    write_json(path, [0] * 20_000)
+
+    def keep_writing(number):
+        try:
+            while not stop.is_set():
+                write_json(path, [number] * 20_000)
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=keep_writing, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(200):
+            assert len(set(json.loads(path.read_text()))) == 1
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+    assert names(tmp_path) == ["results.json"]
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_links_in_the_way_are_not_followed(write, tmp_path, monkeypatch):
+    victim, path, tokens = tmp_path / "victim", tmp_path / "file", itertools.count()
+    victim.write_text("precious")
+    monkeypatch.setattr(files.secrets, "token_hex", lambda size: str(next(tokens)))
+    for number in range(3):
+        (tmp_path / f".file.{number}.partial").symlink_to(victim)
+    path.with_suffix(".partial").symlink_to(victim)  # the name that older versions took
+    path.symlink_to(victim)
+    write(path)
+    assert victim.read_text() == "precious"
+    assert not path.is_symlink()
+    assert path.stat().st_size > 0
+    assert next(tokens) == 4  # the names with a link were tried, and passed over
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+@pytest.mark.parametrize("refused", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_what_the_system_refuses_is_one_line_and_leaves_what_was_there(write, refused, tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_text("before")
+
+    def full(descriptor):
+        raise OSError(refused, os.strerror(refused))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(FileError, match=re.escape(f"cannot write {path} ({os.strerror(refused)})")) as caught:
+        write(path)
+    assert "\n" not in str(caught.value)
+    assert path.read_text() == "before"
+    assert names(tmp_path) == ["file"]
+
+
+def test_an_exception_while_writing_leaves_what_was_there(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("before")
+
+    def interrupted():
+        with replacing(path) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == "before"
+    assert names(tmp_path) == ["file"]
+
+
+def test_only_regular_files_are_replaced_and_only_in_folders(tmp_path):
+    (tmp_path / "file").touch()
+    device = tmp_path / "null"
+    device.symlink_to("/dev/null")
+    for path in (tmp_path, device, tmp_path / "file" / "below"):
+        with pytest.raises(FileError, match=re.escape(str(path))):
+            write_text(path, "")
+    assert device.is_symlink()
+
+
+def test_a_name_as_long_as_the_file_system_allows_can_be_written(tmp_path):
+    path = tmp_path / ("n" * 255)
+    write_text(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_files_have_the_permissions_of_the_umask(tmp_path):
+    write_text(tmp_path / "ours", "")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+PLAIN_WRITING = re.compile(
+    r"\.write_text\(|\.write_bytes\(|save_file\(|shutil\.copy|\bopen\([^)]*[\"'][wax]b?[\"']|os\.replace|"
+    r"savefig\((path|out)|\.save\((path|out|checkpoint /)|savez\w*\((path|out|archive|checkpoint /)"
+)
+
+
+@pytest.mark.parametrize("folder", ["unlearn_gym", "agents"])
+def test_nothing_is_written_but_by_the_one_writer(folder):
+    lines = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in (ROOT / folder).rglob("*.py")
+        if path != ROOT / "unlearn_gym" / "files.py"
+        for line in path.read_text().splitlines()
+        if PLAIN_WRITING.search(line)
+    ]
+    harmless = (
+        r"(training|distillation)\.save\(checkpoint\)|(data|env)\.save\("  # by way of the one writer
+        r"|\"safetensors\.torch\.save_file"  # a message
+        r"|open\(descriptor"  # a new log in the temporary folder
+    )
+    assert [line for line in lines if not re.search(harmless, line)] == []
+
+
+def test_a_checksum_is_of_values_and_of_no_way_to_write_them():
+    value = {"a": (1, 2.5), "b": {"2": None, "10": [True]}}
+    again = json.loads(json.dumps(dict(reversed(value.items())), indent=1))
+    assert checksum(value) == checksum(again)
+    for other in ({**value, "a": [1, 2.25]}, {**value, "c": 0}, {"a": [1, 2.5]}):
+        assert checksum(other) != checksum(value)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from unlearn_gym.locks import folder_lock
+with folder_lock(Path(sys.argv[1])):
+    print("taken", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_lock_of_another_process_names_it_and_ends_with_it(tmp_path):
+    held = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(held, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "taken\n"
+        with pytest.raises(LockError, match=rf"process {holder.pid} on \S+ .* since \d{{4}}-") as caught:
+            with folder_lock(tmp_path):
+                pytest.fail("two writers")
+        assert "\n" not in str(caught.value)
+        holder.send_signal(signal.SIGKILL)
+    assert (tmp_path / LOCK).exists()  # what is left of it is in nobody's way
+    with folder_lock(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    assert names(tmp_path) == []
+
+
+def test_a_thread_may_lock_twice_and_another_one_not(locked):
+    with pytest.raises(LockError, match=f"process {os.getpid()}"):
+        with folder_lock(locked):
+            pytest.fail("two writers")
+    assert names(locked) == [LOCK]
+
+
+def test_a_lock_inside_a_lock_of_the_same_folder(tmp_path):
+    folder = tmp_path / "new"
+    with folder_lock(folder):
+        with folder_lock(tmp_path / "." / "new"):
+            pass
+        assert names(folder) == [LOCK]
+    assert not folder.exists()  # it stayed empty
+
+
+def test_a_lock_follows_no_link_and_names_a_folder_that_cannot_be(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / LOCK).symlink_to(tmp_path / "victim")
+    for folder in (tmp_path / "out", tmp_path / "victim" / "below"):
+        with pytest.raises(FileError, match=re.escape(str(folder))):
+            with folder_lock(folder):
+                pytest.fail("no lock")
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_many_threads_hold_a_lock_one_at_a_time(tmp_path):
+    inside, most, won = [], [], []
+
+    def try_often():
+        for _ in range(100):
+            try:
+                with folder_lock(tmp_path / "out"):
+                    inside.append(1)
+                    most.append(len(inside))
+                    inside.pop()
+                    won.append(1)
+            except LockError:
+                pass
+
+    threads = [threading.Thread(target=try_often) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(most) == {1}
+    assert won
+
+
+def test_no_changed_bit_of_a_checkpoint_is_believed(tmp_path):
+    path = tmp_path / "c.safetensors"
+    tensors = {"vector": torch.arange(5.0), "done": torch.tensor(3), "rng": torch.zeros(4, dtype=torch.uint8)}
+    save_checkpoint(path, tensors)
+    assert all(torch.equal(v, tensors[k]) for k, v in read_checkpoint(path).items())
+    whole = path.read_bytes()
+    for place in range(8, len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with contextlib.suppress(WeightsError):
+            found = read_checkpoint(path)  # where the bit was in the header's blanks
+            assert all(torch.equal(v, tensors[k]) for k, v in found.items())
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(WeightsError, match="do not fit its checksum"):
+        read_checkpoint(path)
+    save_weights(path, tensors)
+    with pytest.raises(WeightsError, match="older version"):
+        read_checkpoint(path)
+
+
+def test_a_manifest_that_is_not_there_knows_nothing_and_a_damaged_one_is_named(tmp_path):
+    assert read_manifest(tmp_path / "agent.zip").task is None
+    for content in (
+        b"[]",
+        b"\xff",
+        b'{"tasks": "mnist"}',
+        b'{"options": []}',
+        b'{"validation": [{}]}',
+        b'{"seed": 1.5}',
+    ):
+        (tmp_path / "agent.json").write_bytes(content)
+        with pytest.raises(PolicyError, match=r"agent\.json is damaged") as caught:
+            read_manifest(tmp_path / "agent.zip")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [*(["-m", f"agents.{name}"] for name in ("train", "enjoy", "tune", "transfer")), ["-m", "unlearn_gym.cli"]],
+    ids=lambda command: command[-1],
+)
+def test_ctrl_c_while_a_command_imports_is_one_line(command, tmp_path):
+    stub = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(20)\n"
+    (tmp_path / "numpy.py").write_text(stub)
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+    )  # fmt: skip
+    assert done.returncode == 130
+    (line,) = done.stderr.splitlines()
+    assert "interrupted" in line
+
+
+def test_only_the_packages_own_commands_are_quiet():
+    assert command_name("-m", ["python", "-m", "agents.tune", "--trials", "3"]) == "agents.tune"
+    assert command_name("-m", ["python", "-W", "error", "-m", "unlearn_gym.cli"]) == "unlearn-gym"
+    assert command_name("/bin/unlearn-gym", ["python", "/bin/unlearn-gym", "compare"]) == "unlearn-gym"
+    assert command_name("-m", ["python", "-m", "pytest"]) is None
+    assert command_name("script.py", ["python", "script.py", "-m", "agents.tune"]) is None
+    assert command_name("/bin/unlearn-gym", ["python", "-c", "from multiprocessing ..."]) is None  # a worker of ours
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -1,0 +1,51 @@
+"""Ctrl-C while a command is still importing, which takes seconds: one line and no traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+
+INTERRUPTED = 130
+"""Exit status of a command that Ctrl-C ended, as a shell has it."""
+
+
+def command_name(argv0: str, original: list[str]) -> str | None:
+    """The command that ``sys.argv[0]`` and ``sys.orig_argv`` begin, such as ``agents.tune``; None for other programs.
+
+    Of the latter, as worker processes are given the ``sys.argv`` of their parent; the former is ``-m`` while Python
+    still looks for the module.
+    """
+    if len(original) > 1 and Path(original[1]).name == "unlearn-gym":
+        return "unlearn-gym"
+    module = original[original.index("-m") + 1] if argv0 == "-m" and "-m" in original[:-1] else ""
+    if module.startswith("agents."):
+        return module
+    return "unlearn-gym" if module.startswith("unlearn_gym") else None
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Nothing is to be cleaned up yet, and an exception might end up in somebody's import: leave at once."""
+    name = command_name(_ARGV0, sys.orig_argv)
+    os.write(2, f"{name}: interrupted before it began; give the same command again\n".encode())
+    os._exit(INTERRUPTED)
+
+
+def quiet_until_begun() -> None:
+    """From now on Ctrl-C ends this process with one line, if it is one of the package's commands."""
+    in_main = threading.current_thread() is threading.main_thread()
+    is_default = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_default and command_name(_ARGV0, sys.orig_argv) is not None:
+        signal.signal(signal.SIGINT, _leave)
+
+
+def begun() -> None:
+    """The command itself begins: Ctrl-C is a KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+_ARGV0 = sys.argv[0] if sys.argv else ""

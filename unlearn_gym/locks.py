@@ -1,0 +1,132 @@
+"""One writer for a folder: a lock that says who holds it, and that ends with the process that held it."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from unlearn_gym.errors import FileError, LockError
+
+LOCK = ".lock"
+_held: ContextVar[frozenset[Path]] = ContextVar("_held", default=frozenset())
+"""Folders that this thread has locked: a command may lock what a function that it calls locks too."""
+
+
+class Holder(BaseModel):
+    """What a lock's file says of the process that holds it."""
+
+    model_config = ConfigDict(strict=True)
+
+    pid: int
+    host: str
+    since: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} has been writing to it since {self.since}"
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Let this thread alone write to ``folder``, which is made if need be, until the block ends.
+
+    The lock is the operating system's, on ``folder/.lock``: it ends with its process, however that ends. Folders that
+    were made and stayed empty are removed. Raises :class:`LockError`, naming the holder, where another process or
+    thread has the lock, and :class:`FileError` where there can be no such folder or file.
+    """
+    key = folder.resolve()
+    if key in _held.get():
+        yield
+        return
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    descriptor = _take(folder)
+    token = _held.set(_held.get() | {key})
+    try:
+        yield
+    finally:
+        _held.reset(token)
+        (folder / LOCK).unlink(missing_ok=True)  # before it is released: whoever opened it sees that it is gone
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            for place in missing:
+                place.rmdir()  # refused where it is not empty
+
+
+def _take(folder: Path) -> int:
+    """The descriptor of the locked file."""
+    path = folder / LOCK
+    while True:
+        descriptor = _open(path)
+        try:
+            _lock(descriptor, folder)
+            if _is_still(path, descriptor):
+                _sign(descriptor)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its holder removed it between our opening and our locking it
+
+
+def _open(path: Path) -> int:
+    """The lock's file in its folder, either of them made where it is missing."""
+    folder = path.parent
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            continue  # who held the lock has just removed the folder, which was empty
+        except OSError as error:
+            if isinstance(error, FileExistsError) and not folder.exists():
+                continue
+            what = "write to" if folder.is_dir() else "make"
+            raise FileError(
+                f"cannot {what} the folder {folder} ({error.strerror}); choose another --out or mend its permissions"
+            ) from None
+
+
+def _sign(descriptor: int) -> None:
+    """Say in the file who holds the lock; on a full disk it is held all the same."""
+    now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    holder = Holder(pid=os.getpid(), host=socket.gethostname(), since=now)
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, holder.model_dump_json().encode(), 0)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LockError(
+            f"{folder} is in use: {_holder(descriptor)}; wait until that has ended, or choose another --out"
+        ) from None
+    except OSError as error:
+        warnings.warn(
+            f"{folder} is on a file system without locks ({error.strerror}): see to it that no second command writes "
+            "to it",
+            stacklevel=5,
+        )
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        return str(Holder.model_validate_json(os.pread(descriptor, 4096, 0)))
+    except ValidationError:
+        return "another process, whose name cannot be read, is writing to it"
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
