@@ -230,8 +230,8 @@ def _read_scheduler_file(folder: Path, name: str, index: dict[str, Any]) -> dict
 
 def _read_index(path: Path) -> ShardIndex:
     try:
-        return ShardIndex.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+        return ShardIndex.model_validate(read_json(path))
+    except (OSError, ValueError) as error:
         line = describe_validation_error(error) if isinstance(error, ValidationError) else str(error)
         raise WeightsError(f"{path} is no index of weights ({line}); restore it, or {SAVE}") from None
 

@@ -23,7 +23,6 @@ from unlearn_gym.torch_state import initial_weights_from, insulated
 
 HEADER = "unlearn_gym"
 """The entry of a safetensors file's metadata that says what its tensors are."""
-Network = UNetConfig | MLPConfig | VAEConfig | DiffusersConfig
 
 
 class Header(BaseModel):
@@ -34,7 +33,7 @@ class Header(BaseModel):
     format: Literal[1] = 1
     task: str
     schedule: ScheduleConfig
-    network: Network | None = None
+    network: UNetConfig | MLPConfig | VAEConfig | DiffusersConfig | None = None
 
     @classmethod
     def of(cls, task: Task) -> Header:
