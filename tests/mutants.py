@@ -62,7 +62,7 @@ MUTANTS = [
     Mutant("hybrid-update-norm-without-the-direct-gradient", "run.py", "norms._replace(direct=direct, update=update)", "norms._replace(direct=direct)", "sfd"),
     Mutant("fresh-norms-swapped", "run.py", "[[0, 2, 1, 3]]", "[[0, 2, 3, 1]]", "env::test_fresh_entries_are_losses_and_gradient_norms_of_each_sides_own_data"),
     Mutant("fresh-features-from-the-update-stream", "run.py", "batch = self.draw(self.measure_generator)\n", "batch = self.draw(self.generator)\n", "run::test_update_batches_do_not_depend_on_lambda_or_on_measurements"),
-    Mutant("data-set-sizes-as-shipped", "run.py", "data.forget_size or len(data.forget)", "len(data.forget)", "run::test_dataset_factors_of_shipped_data_are_those_of_the_data_that_was_learned"),
+    Mutant("data-set-sizes-as-shipped", "run.py", "data.forget_size or len(data.forget)", "len(data.forget)", "run::test_dataset_factors_of_a_part_are_those_of_the_whole_that_it_stands_for"),
     Mutant("measuring-stream-not-restored", "run.py", "self.measure_generator.set_state(snapshot.generators[1])", "pass", "run::test_restored_run_continues_bit_for_bit"),
     # step.py
     Mutant("negligible-share-inverted", "step.py", "negligible.float().mean()", "1 - negligible.float().mean()", "step"),

@@ -73,7 +73,7 @@ def test_update_equals_a_plain_training_loop(make_run, task, rule, clip):
 @pytest.mark.parametrize("batch_size", [1, 16])
 def test_passes_without_the_samples_of_zero_weight_give_the_same_gradients(make_run, lambda_, batch_size):
     run, whole = (make_run("mnist-trousers", skip_zero_weights=s, batch_size=batch_size) for s in (True, False))
-    for _ in range(2):
+    for _ in range(2 if batch_size > 1 else 8):  # of one pair each, so that a side is now there and now left out
         found, expected = run.measure(lambda_), whole.measure(lambda_)
         for a, b in ((run.retain_grad, whole.retain_grad), (run.forget_grad, whole.forget_grad)):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5 * max(b.abs().max().item(), 1e-8))
@@ -303,6 +303,16 @@ def test_dataset_factors_are_those_of_their_sources():
 def test_dataset_factors_of_shipped_data_are_those_of_the_data_that_was_learned(make_run):
     run = make_run("mnist-trousers")
     assert (run.retain_coef, run.forget_coef) == (60_674 / 60_000, 674 / 60_000)
+
+
+def test_dataset_factors_of_a_part_are_those_of_the_whole_that_it_stands_for(make_run):
+    part = make_run()
+    data = dataclasses.replace(part.data, retain_size=600, forget_size=60)
+    run = UnlearningRun(part.model, data, part.alphas_cumprod, part.settings.override(dataset_factors="siss"))
+    assert (run.retain_coef, run.forget_coef) == (660 / 600, 60 / 600)
+    run = UnlearningRun(part.model, part.data, part.alphas_cumprod, part.settings.override(dataset_factors="siss"))
+    retain, forget = len(part.data.retain), len(part.data.forget)
+    assert (run.retain_coef, run.forget_coef) == ((retain + forget) / retain, forget / retain)
 
 
 @pytest.mark.parametrize("lambda_", [-0.1, 1.1, float("nan")])

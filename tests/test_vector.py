@@ -101,9 +101,16 @@ def test_a_vector_environment_is_single_ones_bit_for_bit(make_vec, task, backend
             np.testing.assert_array_equal(row[i], expected)
 
 
-@pytest.mark.parametrize("task", ["gaussians-2d", "mnist-trousers"])
-@pytest.mark.parametrize("options", [{}, {"forget_grad_rule": "loss", "optimizer": "sgd"}, {"reward": "potential"}])
+PLAIN = {"forget_grad_rule": "loss", "optimizer": "sgd"}
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [*(("gaussians-2d", options) for options in ({}, PLAIN, {"reward": "potential"})),
+     *(("mnist-trousers", options) for options in ({}, PLAIN))],
+)  # fmt: skip
 def test_stacked_runs_are_single_ones_up_to_rounding(make_vec, task, options):
+    """The potential is measured of each run by itself, on images as on points."""
     found = vector_rows(make_vec(task, backend="stacked", **SHORT, **options), 5, STEPS)
     for i in range(N):
         for row, expected in zip(found, single_rows(task, 5, i, STEPS, **SHORT, **options), strict=True):
