@@ -252,7 +252,7 @@ def test_the_documented_groups_are_those_that_there_are(text):
     tasks = ("gaussians-2d", "mnist-trousers")
     rows = [["group", "entries", "what", *(f"cost on `{task}`" for task in tasks)]]
     rows += [[f"`{n}`", g.entries, g.observation, *(f"{g.cost[t]:.2f}" for t in tasks)] for n, g in GROUPS.items()]
-    lines = [line.strip().replace("``", "`") for line in text.replace("\\\n", "").splitlines()]
+    lines = [line.strip().replace("``", "`") for line in text.splitlines()]
     assert [row for row in rows if "| " + " | ".join(row) + " |" not in lines] == []
 
 

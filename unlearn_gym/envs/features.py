@@ -56,7 +56,7 @@ class BandLosses(ObservationGroup):
     """
 
     entries = "5"
-    observation = "forget loss in each fifth of the timesteps, over 8 fixed samples each, as log(x / x at the start)"
+    observation = "log(forget loss / its start) in each fifth of the timesteps, 8 samples each"
     cost: ClassVar = {"gaussians-2d": 1.11, "mnist-trousers": 1.61}
     size = NUM_BANDS
 
@@ -81,10 +81,7 @@ class SampleFeatures(ObservationGroup):
     """
 
     entries = "F"
-    observation = (
-        "mean classifier features of 16 samples from fixed noise, less those at the start, over their standard "
-        "deviation there; F = 64 for MNIST, 2 for points, 0 without a classifier"
-    )
+    observation = "mean classifier features of 16 samples, their change since the start"
     cost: ClassVar = {"gaussians-2d": 1.46, "mnist-trousers": 2.44}
 
     def __init__(self, task: Task, run: UnlearningRun, generator: torch.Generator) -> None:
@@ -127,7 +124,7 @@ class ParameterDistance(ObservationGroup):
     """
 
     entries = "1"
-    observation = "distance of the parameters from the start, as log(1 + 500 ‖θ − θ_0‖ / ‖θ_0‖)"
+    observation = "log(1 + 500 ‖θ − θ_0‖ / ‖θ_0‖) of the parameters θ"
     cost: ClassVar = {"gaussians-2d": 1.02, "mnist-trousers": 1.01}
     size = 1
 

@@ -54,7 +54,7 @@ def _feature_scale(task: Task, run: UnlearningRun) -> NDArray[np.float64]:
 
 
 class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
-    r"""Unlearn data from a diffusion model, one optimizer update a step, by choosing λ.
+    """Unlearn data from a diffusion model, one optimizer update a step, by choosing λ.
 
     ## Description
     A diffusion model has been trained on D = R ∪ F. Every step makes one real optimizer update of it with
@@ -91,11 +91,12 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
 
     | group | entries | what | cost on ``gaussians-2d`` | cost on ``mnist-trousers`` |
     |---|---|---|---|---|
-    | ``bands`` | 5 | forget loss in each fifth of the timesteps, over 8 fixed samples each, as log(x / x at the \
-start) | 1.11 | 1.61 |
-    | ``samples`` | F | mean classifier features of 16 samples from fixed noise, less those at the start, over their \
-standard deviation there; F = 64 for MNIST, 2 for points, 0 without a classifier | 1.46 | 2.44 |
-    | ``distance`` | 1 | distance of the parameters from the start, as log(1 + 500 ‖θ − θ_0‖ / ‖θ_0‖) | 1.02 | 1.01 |
+    | ``bands`` | 5 | log(forget loss / its start) in each fifth of the timesteps, 8 samples each | 1.11 | 1.61 |
+    | ``samples`` | F | mean classifier features of 16 samples, their change since the start | 1.46 | 2.44 |
+    | ``distance`` | 1 | log(1 + 500 ‖θ − θ_0‖ / ‖θ_0‖) of the parameters θ | 1.02 | 1.01 |
+
+    The features' change is in their standard deviations at the start; F = 64 for MNIST, 2 for points, 0 without a
+    classifier.
 
     ## Rewards
     ``reward="siss"``: ``-L_SISS(λ_t) - smoothness_coef (λ_t - λ_{t-1})²``, as the paper has it. At
