@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from unlearn_gym.cli import COMMANDS, main
+from unlearn_gym.cli.arguments import parse_options
+from unlearn_gym.cli.evidence import print_tables
+from unlearn_gym.cli.terminal import show
+from unlearn_gym.envs.infos import INFO_KEYS, VECTOR_KEYS
+from unlearn_gym.evaluation.cell import REFERENCES
+from unlearn_gym.evaluation.results import Results, load_results
+from unlearn_gym.evaluation.tables import terminal
+from unlearn_gym.settings import PRESETS, RunSettings
+from unlearn_gym.tasks import get_task, register_task, registry
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -41,7 +55,7 @@ def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["report", "nowhere"], "no results.json in nowhere"),
         (["report"], "name at least one folder"),
         (["report", "a", "b"], "merging 2 folders needs --out"),
-        (["experiment", "no-such-thing"], "no experiment 'no-such-thing'"),
+        (["experiment", "beta"], "no experiment 'beta': run this in the root of a checkout"),
         (["evaluate", "no-such-model"], "weights 'no-such-model' must be"),
         (["evaluate", "oracle", "--task", "gaussians-2d:2,5"], "has no retrained oracle"),
         (["evaluate", "missing.safetensors", "--task", "gaussians-2d"], "no weights at missing.safetensors"),
@@ -122,3 +136,107 @@ def test_help_lists_every_command(monkeypatch, capsys):
         main()
     text = capsys.readouterr().out
     assert [command for command in COMMANDS if command not in text] == []
+
+
+def printed(*arguments: str, monkeypatch, capsys) -> str:
+    monkeypatch.setattr(sys, "argv", ["unlearn-gym", *arguments])
+    main()
+    return capsys.readouterr().out
+
+
+def test_an_unknown_experiment_in_a_checkout_is_named_with_the_known_ones(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit):
+        printed("experiment", "bet", monkeypatch=monkeypatch, capsys=capsys)
+    assert "no experiment 'bet'; did you mean 'beta'?" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(monkeypatch, capsys):
+    assert printed("--version", monkeypatch=monkeypatch, capsys=capsys) == f"unlearn-gym {version('unlearn_gym')}\n"
+
+
+def test_every_task_is_listed_with_what_is_there(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("COLUMNS", "80")
+    whole = get_task("gaussians-2d")
+    bare = replace(whole, name="mine", description="points: forget the bare", assets=tmp_path)
+    register_task(bare)
+    monkeypatch.setattr(registry, "SHELL_TASKS", {*registry.SHELL_TASKS, "mine"})
+    text = printed("tasks", monkeypatch=monkeypatch, capsys=capsys)
+    rows = {row.split()[0]: row.splitlines() for row in re.split(r"\n(?=\S)", text)}
+    assert set(rows) >= registry.SHELL_TASKS
+    assert [line.split()[-1] for line in rows["gaussians-2d"]] == ["weights", "constants", "oracle"]
+    assert " ".join(rows["mine"][0].split()) == "mine points: forget the bare nothing"
+    for name in registry.SHELL_TASKS:
+        row = " ".join(line[: text.splitlines()[0].index("there")] for line in rows[name])
+        assert row.split()[1:] == get_task(name).description.split()
+
+
+def test_the_page_of_options_is_that_of_the_code(monkeypatch, capsys):
+    page = printed("options", monkeypatch=monkeypatch, capsys=capsys)
+    assert (ROOT / "docs" / "options.md").read_text() == page
+    for name, field in RunSettings.model_fields.items():
+        assert field.description, f"{name} has no description"
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+        assert row.endswith(f"| {field.description} |")
+        shown = row.split(" | ")[1].strip("`")
+        assert RunSettings().override(**parse_options((f"{name}={shown}",))) == RunSettings()
+    assert all(f"| `{name}` | `" in page for name in PRESETS)
+    for key in (*INFO_KEYS, *VECTOR_KEYS):
+        assert "".join(f'["{part}"]' for part in key.path) in page
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+@pytest.mark.parametrize("count", [2, 12])
+def test_a_table_fits_the_terminal_and_nothing_is_cut(columns, count, monkeypatch, capsys):
+    """Every cell stands whole in its column, in one of the tables that the columns are spread over."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    header = ["policy", "forget rate", "forget loss", "retain loss", "score", "KID (features)", "class accuracy"]
+    rows = [
+        [f"variational:kl_only:{i}", *(f"{i}.{column}77 … 1{i}.{column}88" for column in range(6))]
+        for i in range(count)
+    ]
+    show(header, rows, "a title [of two words]")
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert "a title [of two words]" in text
+    for row in rows:
+        for cell in row[1:]:
+            (line,) = (line for line in lines if re.search(rf"(^|\s){re.escape(cell)}(\s|$)", line))
+            assert line.startswith(row[0]) or columns == 60
+    assert sum(line.startswith("policy") for line in lines) == {60: 3, 80: 2, 200: 1}[columns]
+
+
+@pytest.mark.parametrize("columns", [None, 60, 80, 140])
+@pytest.mark.parametrize("count", [2, 12])
+def test_what_compare_prints_fits_the_terminal_and_nothing_is_cut(columns, count, monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", str(columns))
+    whole = load_results(ROOT / "docs" / "experiments" / "rl-against-vi" / "gaussians-2d")
+    policies = [p for p in whole.policies if p not in REFERENCES]
+    kept = [*REFERENCES, *(p for p in policies if p.startswith("static"))][: 2 + count // 3] + policies[-count:]
+    results = Results({**whole.raw, "cells": [cell for cell in whole.cells if cell["policy"] in kept]})
+    print_tables(results)
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= (columns or 80)
+    assert "…" not in text
+    header, rows = terminal(results, intervals=columns == 140)
+    folded = "".join(line[:24].split("  ")[0].strip() for line in text.splitlines())
+    for row in rows:
+        assert row[0] in folded
+        assert all(line in text for cell in row[1:] for line in cell.splitlines())
+    assert all(word in text for title in header for word in title.split())
+
+
+def test_a_long_name_is_folded_and_markup_in_a_cell_is_text(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    name = "agents/of/mine/[bold]/" + "x" * 70
+    show(["policy", "score"], [[name, "[red]"]])
+    text = capsys.readouterr().out
+    assert "".join(line.split("  ")[0].strip() for line in text.splitlines()[2:]) == name
+    assert "[red]" in text
+    show(["metric", "value", "what it is"], [["reconstruction_distance", "0.1", "word " * 30 + "y" * 70]], prose=2)
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 60
+    assert (text.count("word"), text.count("y")) == (30, 70)

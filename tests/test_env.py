@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_check
+from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.wrappers import RescaleAction
 from stable_baselines3.common.env_checker import check_env as sb3_check
 
 import unlearn_gym
 from unlearn_gym.diffusion import ScheduleConfig
+from unlearn_gym.envs.infos import INFO_KEYS
 from unlearn_gym.envs.rendering import image_grid
 from unlearn_gym.errors import ActionError, SettingsError, TaskError
 from unlearn_gym.run import UnlearningRun
@@ -398,3 +400,53 @@ def test_gymnasium_vector_environments_work():
     obs, _ = env.reset(seed=0)
     single = make().reset(seed=1)[0]
     np.testing.assert_array_equal(obs[1], single)
+
+
+def paths(info, at=()):
+    """The keys of ``info`` and of the dicts that :data:`INFO_KEYS` looks into."""
+    looked_into = {key.path[:-1] for key in INFO_KEYS}
+    for name, value in info.items():
+        yield (*at, name)
+        if (*at, name) in looked_into:
+            yield from paths(value, (*at, name))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({}, 'with `reward="siss"`'),
+        ({"reward": "potential"}, 'with `reward="potential"`'),
+        ({"learning_rate": 1e30, "optimizer": "sgd"}, "that diverged"),
+    ],
+)
+def test_info_has_the_keys_that_are_listed_and_no_other(options, kind):
+    env = make(**options)
+    found = {"reset": set(paths(env.reset(seed=0)[1])), "step": set()}
+    diverges = kind == "that diverged"
+    for _ in range(5 if diverges else 1):
+        info = env.step(0.5)[4]
+        found["step"] = set(paths(info))
+        if info["diverged"]:
+            break
+    assert info["diverged"] == diverges
+    always = {key.path for key in INFO_KEYS if not key.where}
+    own = {key.path for key in INFO_KEYS if key.where.startswith("step") and kind in key.where}
+    smoothness = set() if diverges else {("reward_terms", "smoothness")}
+    assert found == {"reset": always | {("instance",)}, "step": always | own | smoothness}
+
+
+def test_an_info_is_printed_in_a_few_lines_and_holds_its_arrays_all_the_same():
+    env, other = make(), make()
+    info, theirs = (e.reset(seed=0)[1] for e in (env, other))
+    assert len(repr(info)) < 1200
+    assert "<array of shape (3, 49)>" in repr(info)
+    moment = info["terms"]["second_moment"]
+    assert isinstance(moment, np.ndarray)
+    assert "\n" in str(moment)  # print shows the values
+    assert data_equivalence(info, theirs)
+    for copied in (pickle.loads(pickle.dumps(info)), copy.deepcopy(info)):
+        assert data_equivalence(copied, info)
+        assert repr(copied) == repr(info)
+    moment += 1.0  # the caller's own
+    assert not data_equivalence(info, theirs)
+    assert data_equivalence(env.step(0.5)[4], other.step(0.5)[4])

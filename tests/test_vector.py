@@ -25,6 +25,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
 import unlearn_gym
 from unlearn_gym.envs import SB3VecEnv, SISSUnlearnEnv, SISSUnlearnVectorEnv
+from unlearn_gym.envs.infos import INFO_KEYS, VECTOR_KEYS
 from unlearn_gym.envs.workers import arguments
 from unlearn_gym.errors import ActionError, RunError, SettingsError, TaskError, WorkerError
 from unlearn_gym.stacked import StackedRuns
@@ -178,6 +179,18 @@ def test_same_step_autoreset_gives_the_final_observation_and_info(make_vec, back
     np.testing.assert_equal(info["terms"], fresh_info["terms"])
 
 
+def test_infos_of_many_have_the_keys_that_are_listed_and_print_short(make_vec):
+    env = make_vec(backend="serial", horizon=2, autoreset_mode="SameStep")
+    plain = {key.path[0] for key in INFO_KEYS if not key.where}
+    extra = ({"instance"}, set(), {"instance", "final_obs", "final_info"})
+    for step, more in enumerate(extra):  # a reset, a step, and a step that ends and begins an episode
+        info = env.step(actions(step))[4] if step else env.reset(seed=0)[1]
+        assert {name for name in info if not name.startswith("_")} == plain | more
+        for one in (info, info.get("final_info", info)):
+            assert one["terms"]["second_moment"].shape == (N, 3, 49)
+            assert repr(one["terms"]["second_moment"]) == f"<array of shape ({N}, 3, 49)>"
+
+
 @pytest.mark.parametrize("backend", ["processes", "serial"])
 def test_without_autoreset_a_mask_says_which_begin_anew(make_vec, backend):
     env = make_vec(backend=backend, horizon=1, autoreset_mode=AutoresetMode.DISABLED)
@@ -220,6 +233,8 @@ def test_a_worker_that_dies_is_replaced_and_the_others_go_on(make_vec, mode):
     np.testing.assert_array_equal(last, before[1])
     died = info["final_info"] if mode is AutoresetMode.SAME_STEP else info
     assert "SIGKILL" in died["worker_died"][1]
+    if mode is AutoresetMode.SAME_STEP:
+        assert {key.path[0] for key in VECTOR_KEYS} <= {*info, *died}
     others = [0, 2]
     np.testing.assert_array_equal(obs[others], expected[0][others])
     if mode is AutoresetMode.DISABLED:

@@ -93,44 +93,79 @@ class RunSettings(Checked):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    objective: Literal["siss", "siss-no-is", "bernoulli", "naive", "neggrad", "erasediff", "retrack", "sfd"] = "siss"
-    dataset_factors: Literal["siss", "inverse_size", "none"] = "siss"
-    loss_reduction: Literal["mean", "sum"] = Field("mean", description="over pixels")
-    forget_grad_rule: Literal["loss", "fixed_norm", "relative_norm"] = "relative_norm"
-    forget_grad_norm: float = Field(0.5, ge=0)
+    objective: Literal["siss", "siss-no-is", "bernoulli", "naive", "neggrad", "erasediff", "retrack", "sfd"] = Field(
+        "siss", description="what an update minimises"
+    )
+    dataset_factors: Literal["siss", "inverse_size", "none"] = Field(
+        "siss", description="the factors (c_r, c_f) of both losses, from the numbers of samples"
+    )
+    loss_reduction: Literal["mean", "sum"] = Field(
+        "mean", description="errors of a sample are means over its D pixels, or sums"
+    )
+    forget_grad_rule: Literal["loss", "fixed_norm", "relative_norm"] = Field(
+        "relative_norm",
+        description="what becomes of the forget gradient: used as it is, or rescaled to `forget_grad_norm`, or to so "
+        "many times the retain gradient's norm",
+    )
+    forget_grad_norm: float = Field(0.5, ge=0, description="the norm that both norm rules rescale to")
     forget_scale: float = Field(1.0, ge=0, description="1 + s: weight of the forget term")
-    grad_norms: str = Field("exact", description="'exact' or 'every:k'")
-    skip_zero_weights: bool = True
-    max_grad_norm: float | None = Field(1.0, gt=0, description="None: no clipping")
-    max_grad_value: float | None = Field(None, gt=0, description="None: entries are not clipped")
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    learning_rate: float = Field(5e-5, gt=0)
-    batch_size: int = Field(16, ge=1)
-    horizon: int = Field(60, ge=1)
-    lambda_min: float = Field(0.1, ge=0, le=1)
-    lambda_max: float = Field(0.9, ge=0, le=1)
-    lambda_init: float = Field(0.5, ge=0, le=1)
-    smoothness_coef: float = Field(0.1, ge=0)
-    features: Literal["lagged", "fresh"] = "lagged"
-    observation: Literal["paper", "extended"] = "paper"
-    normalize_features: bool = True
-    reward: Literal["siss", "potential"] = "siss"
+    grad_norms: str = Field("exact", description="both gradient norms in every update, or (`every:k`) in every k-th")
+    skip_zero_weights: bool = Field(
+        True, description="on a CPU, samples of weight 0 get no backward pass, which would change nothing"
+    )
+    max_grad_norm: float | None = Field(1.0, gt=0, description="the whole gradient is clipped to this norm; None: not")
+    max_grad_value: float | None = Field(
+        None, gt=0, description="then each of its entries is clipped to ± this; None: not"
+    )
+    optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="torch's, without weight decay")
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="of the optimizers `adamw` and `adam`"
+    )
+    learning_rate: float = Field(5e-5, gt=0, description="of the optimizer")
+    batch_size: int = Field(16, ge=1, description="pairs of a retain and a forget sample in an update")
+    horizon: int = Field(60, ge=1, description="updates in an episode")
+    lambda_min: float = Field(0.1, ge=0, le=1, description="smallest λ that may be chosen")
+    lambda_max: float = Field(0.9, ge=0, le=1, description="largest λ that may be chosen")
+    lambda_init: float = Field(0.5, ge=0, le=1, description="the λ before the first step, within both")
+    smoothness_coef: float = Field(0.1, ge=0, description="what the reward takes for (λ_t - λ_{t-1})²")
+    features: Literal["lagged", "fresh"] = Field(
+        "lagged", description="an observation shows what the last update measured, or unweighted terms of a new batch"
+    )
+    observation: Literal["paper", "extended"] = Field(
+        "paper", description="the paper's six entries, or these and three groups more"
+    )
+    normalize_features: bool = Field(
+        True, description="losses and norms are observed as log(x / x0), x0 measured for the task; False: as they are"
+    )
+    reward: Literal["siss", "potential"] = Field(
+        "siss", description="-L_SISS, or the change of the potential Φ on fixed samples; less the smoothness penalty"
+    )
     potential_cap: float | None = Field(None, gt=0, description="None: the oracle's forget loss, stored with the task")
     potential_retain_coef: float = Field(10.0, ge=0, description="w in the potential Φ")
-    divergence_penalty: float = Field(10.0, ge=0)
+    divergence_penalty: float = Field(10.0, ge=0, description="a run that diverges ends with minus this reward")
     kl_coef: float = Field(1.0, ge=0, description="β of a VAE's KL term")
-    encoder_gradient: Literal["full", "stopped"] = "full"
-    override_classes: tuple[tuple[int, int], ...] | None = Field(
-        None, description="forgotten class and the one that overrides it, as a dict or as pairs"
+    encoder_gradient: Literal["full", "stopped"] = Field(
+        "full", description="whether a VAE's encoder learns, or stays as it was"
     )
-    score_alpha: float = Field(1.2, ge=0, description="α of score identity distillation")
-    hybrid_coef: float = Field(0.0, ge=0, description="weight of SISS beside score forgetting distillation")
-    fake_learning_rate: float | None = Field(None, gt=0, description="None: learning_rate")
-    fake_timesteps: Literal["all", "scores"] = Field("all", description="'scores': those that scores are compared at")
-    fake_forget_coef: float = Field(1.0, ge=0, description="weight of the forgotten classes in the fake network's loss")
-    redraw_samples: bool = Field(False, description="generate samples anew once the fake network has learned")
-    device: str = "cpu"
+    override_classes: tuple[tuple[int, int], ...] | None = Field(
+        None,
+        description="of `sfd`: forgotten class and the one that overrides it, as a dict or as pairs; None: the next "
+        "kept class",
+    )
+    score_alpha: float = Field(1.2, ge=0, description="of `sfd`: α of score identity distillation")
+    hybrid_coef: float = Field(0.0, ge=0, description="of `sfd`: weight of SISS beside score forgetting distillation")
+    fake_learning_rate: float | None = Field(
+        None, gt=0, description="of `sfd`: learning rate of the fake network; None: `learning_rate`"
+    )
+    fake_timesteps: Literal["all", "scores"] = Field(
+        "all",
+        description="of `sfd`: timesteps that the fake network learns; `scores`: those that scores are compared at",
+    )
+    fake_forget_coef: float = Field(
+        1.0, ge=0, description="of `sfd`: weight of the forgotten classes in the fake network's loss"
+    )
+    redraw_samples: bool = Field(False, description="of `sfd`: generate samples anew once the fake network has learned")
+    device: str = Field("cpu", description="torch's name of the device that the run is on")
 
     @field_validator("grad_norms")
     @classmethod

@@ -5,7 +5,7 @@ with ``torch.vmap``, for many.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,46 +30,52 @@ BLOCK = 2**16
 """How many products of a long vector's entries are added up in one go."""
 
 
+class Moments(np.ndarray[Any, np.dtype[np.float64]]):
+    """An array whose ``repr`` is its shape, so that an ``info`` can be printed; ``print`` shows its values."""
+
+    def __repr__(self) -> str:
+        return f"<array of shape {self.shape}>"
+
+
 @dataclass(frozen=True, slots=True)
 class StepTerms:
-    """What one batch measured. Losses hold their factor (c_r, c_f), ``loss_reduction`` in it; norms are those of the
-    gradients of ``retain_loss`` and ``forget_loss``, before any rescaling or clipping.
-
-    ``norms_age``: updates since both norms were measured, 0 unless ``grad_norms="every:k"``.
-    ``lambda_gradients``: dL_SISS/dλ by estimator (see :func:`unlearn_gym.siss.lambda_gradients`), and
-    ``"variance"``: d log M/dλ of the gradient's second moment M. ``second_moment (3, 49)``: M's parts
-    ⟨g_r, g_r⟩, ⟨g_r, g_f⟩, ⟨g_f, g_f⟩ at ``SECOND_MOMENT_GRID`` (:func:`unlearn_gym.siss.combine_products`); zeros
-    where λ is no mixture's (:mod:`unlearn_gym.objectives`). ``siss_loss``: what is minimised, whatever the objective.
-    ``retain_ess``, ``forget_ess``: effective sample size (Σw)²/Σw² in 0..B; ``negligible_fraction``: share
-    of the 2B weights below 0.001; ``forget_fraction``: share of x_t drawn from forget samples.
-    ``forget_multiplier``: the factor that the forget gradient got; ``update_norm``: norm of the whole
-    gradient before clipping. ``direct_grad_norm``: that of the gradient that a hybrid adds, else 0.
+    """What one batch measured, as ``info["terms"]`` has it. Losses hold their factor (c_r, c_f), ``loss_reduction`` in
+    it; norms are those of the gradients of ``retain_loss`` and ``forget_loss``, before any rescaling or clipping.
     """
 
-    lambda_: float
-    retain_loss: float
-    forget_loss: float
-    siss_loss: float
-    retain_grad_norm: float
-    forget_grad_norm: float
-    forget_multiplier: float
-    update_norm: float
-    direct_grad_norm: float
-    retain_weight_max: float
-    forget_weight_max: float
-    retain_ess: float
-    forget_ess: float
-    negligible_fraction: float
-    forget_fraction: float
-    norms_age: int
-    lambda_gradients: dict[str, float]
-    second_moment: NDArray[np.float64]
-    diverged: bool
+    lambda_: Annotated[float, "λ of the update"]
+    retain_loss: Annotated[float, "c_r times the batch's mean of the weighted errors on retain samples"]
+    forget_loss: Annotated[float, "c_f times the batch's mean of the weighted errors on forget samples"]
+    siss_loss: Annotated[float, "what is minimised, whatever the objective"]
+    retain_grad_norm: Annotated[float, "norm of the gradient of `retain_loss`, before rescaling and clipping"]
+    forget_grad_norm: Annotated[float, "norm of the gradient of `forget_loss`, before rescaling and clipping"]
+    forget_multiplier: Annotated[float, "factor that the forget gradient got (`forget_grad_rule`)"]
+    update_norm: Annotated[float, "norm of the whole gradient before clipping"]
+    direct_grad_norm: Annotated[float, "norm of the gradient that a hybrid adds (`hybrid_coef`), else 0"]
+    retain_weight_max: Annotated[float, "largest importance weight of the retain terms"]
+    forget_weight_max: Annotated[float, "largest importance weight of the forget terms"]
+    retain_ess: Annotated[float, "effective sample size (Σw)²/Σw² of the retain weights, in 0..B"]
+    forget_ess: Annotated[float, "effective sample size (Σw)²/Σw² of the forget weights, in 0..B"]
+    negligible_fraction: Annotated[float, "share of the 2B weights below 0.001"]
+    forget_fraction: Annotated[float, "share of the noisy samples x_t that were drawn from forget samples"]
+    norms_age: Annotated[int, 'updates since both norms were measured, 0 unless `grad_norms="every:k"`']
+    lambda_gradients: Annotated[
+        dict[str, float],
+        "dL/dλ by the estimators `pathwise`, `score_function` and `kl_only`, 0 where λ does nothing; `variance`: "
+        "d log M/dλ of the gradient's second moment M, 0 where λ is no mixture's weight",
+    ]
+    second_moment: Annotated[
+        NDArray[np.float64],
+        "array (3, 49): the parts ⟨g_r, g_r⟩, ⟨g_r, g_f⟩ and ⟨g_f, g_f⟩ of M at 49 λ from 0.02 to 0.98; zeros where λ "
+        "is no mixture's weight",
+    ]
+    diverged: Annotated[bool, "whether a loss, a norm or a parameter is not finite"]
 
     def as_dict(self) -> dict[str, Any]:
         """The terms by name; dict and array are copies."""
         values = {name: getattr(self, name) for name in self.__slots__}
-        return {**values, "lambda_gradients": {**self.lambda_gradients}, "second_moment": self.second_moment.copy()}
+        moment = self.second_moment.copy().view(Moments)
+        return {**values, "lambda_gradients": {**self.lambda_gradients}, "second_moment": moment}
 
 
 SCALARS = StepTerms.__slots__[1 : StepTerms.__slots__.index("norms_age")]

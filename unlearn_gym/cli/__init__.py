@@ -8,7 +8,8 @@ from typing import Any
 
 import tyro
 
-from unlearn_gym.cli import assets, evidence
+from unlearn_gym import __version__
+from unlearn_gym.cli import assets, evidence, reference
 from unlearn_gym.interrupts import INTERRUPTED, begun
 from unlearn_gym.processes import Terminated, signals_as_interrupts
 
@@ -19,6 +20,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "agents": evidence.agents,
     "evaluate": evidence.evaluate,
     "metrics": evidence.metrics,
+    "options": reference.options,
+    "tasks": reference.tasks,
     "bench": evidence.bench,
     "pretrain": assets.pretrain,
     "train-classifier": assets.train_classifier,
@@ -28,6 +31,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "networks": assets.networks,
     "network-costs": assets.network_costs,
 }
+DESCRIPTION = "unlearn-gym COMMAND --help explains each; --version is known, too."
 
 
 def main() -> None:
@@ -36,11 +40,14 @@ def main() -> None:
 
     from unlearn_gym.errors import UnlearnGymError, check_texts, describe_validation_error, line_with_log
 
+    if sys.argv[1:] == ["--version"]:
+        print(f"unlearn-gym {__version__}")
+        return
     try:
         begun()
         check_texts(sys.argv)
         with signals_as_interrupts():
-            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="unlearn-gym")
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="unlearn-gym", description=DESCRIPTION)
     except UnlearnGymError as error:
         sys.exit(_fail(line_with_log(error)))
     except ValidationError as error:

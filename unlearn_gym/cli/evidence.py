@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +18,7 @@ from unlearn_gym.cli.arguments import (
     parse_options,
     set_threads,
 )
+from unlearn_gym.cli.terminal import fitted, show
 
 if TYPE_CHECKING:
     from unlearn_gym.evaluation.judge import EvaluationSettings
@@ -73,7 +73,7 @@ def compare(
         comparison, out, jobs=jobs, engine=engine, command=invocation(), progress=cell_bar(), save_models=save_models
     )
     path = write_report(results, out)
-    _print_tables(results)
+    print_tables(results)
     print(f"report: {path}\npictures: {out}/*.png\nraw values: {out}/results.json\ncurves: tensorboard --logdir {out}")
     if save_models:
         print(f"models: {out}/models/*.safetensors")
@@ -101,7 +101,7 @@ def report(
     if target != folders[0]:
         write_results(target / "results.json", results.raw)
     print(path)
-    _print_tables(results)
+    print_tables(results)
 
 
 def experiment(
@@ -142,9 +142,6 @@ def evaluate(
     threads: Threads = None,
 ) -> None:
     """Every metric of one model of a task: 'untouched', 'oracle', or a .safetensors file of its weights."""
-    from rich.console import Console
-    from rich.table import Table
-
     from unlearn_gym.envs.siss_unlearn import DEFAULT_TASK
     from unlearn_gym.evaluation.catalogue import METRICS
     from unlearn_gym.evaluation.cell import final_model
@@ -160,11 +157,9 @@ def evaluate(
     settings.validate()
     model = final_model(chosen, weights)
     result = Evaluator(chosen, load_data(chosen, data_root), settings).evaluate(model)
-    table = Table("metric", "value", "better", "what it is", title=f"{weights} of {chosen.name}")
-    for m in METRICS:
-        if m.name in result.metrics:
-            table.add_row(m.name, m.form(result.metrics[m.name]), m.better, m.meaning)
-    Console().print(table)
+    measured = [m for m in METRICS if m.name in result.metrics]
+    rows = [[m.name, m.form(result.metrics[m.name]), m.better, m.meaning] for m in measured]
+    show(["metric", "value", "better", "what it is"], rows, f"{weights} of {chosen.name}", prose=3)
     for name, reason in result.absent.items():
         print(f"{name} not measured: {reason}")
     if out is not None:
@@ -185,24 +180,21 @@ def _evaluation(forget: int, quality: int, likelihood: int, inception_weights: P
     return EvaluationSettings(forget, quality, num_likelihood_samples=likelihood, inception_weights=weights)
 
 
-def _print_tables(results: Results) -> None:
+def print_tables(results: Results) -> None:
+    """The main figures, with intervals where these do not make two tables of one; then verdict and warnings."""
     from rich.console import Console
-    from rich.table import Table
 
     from unlearn_gym.evaluation.report import verdict
     from unlearn_gym.evaluation.signatures import warnings
     from unlearn_gym.evaluation.tables import terminal
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    header, rows = terminal(results, intervals=console.width >= 100)
-    table = Table(title=f"{results.task}: means over seeds", show_lines=console.width >= 100)
-    for title in header:
-        table.add_column(title, no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    console = Console()
+    table, title = terminal(results, intervals=True), "means over seeds, with 95 % intervals"
+    if len(fitted(console, *table)) > 1:
+        table, title = terminal(results, intervals=False), "means over seeds; report.md has intervals and more metrics"
+    show(*table, f"{results.task}: {title}")
     for line in [*verdict(results), *(f"Warning: {line}" for line in warnings(results))]:
-        console.print(line.replace("**", ""), highlight=False)
+        console.print(line.replace("**", ""), highlight=False, markup=False)
 
 
 def bench(
@@ -220,18 +212,11 @@ def bench(
     out: Path = Path("runs/bench"),
 ) -> None:
     """Measure what steps, many environments, training and evaluation cost; prints goals and verdicts, writes JSON."""
-    from rich.console import Console
-    from rich.table import Table
-
     from unlearn_gym.benchmark.figures import HEADER
     from unlearn_gym.benchmark.suite import run_suite
 
     figures = run_suite(task, out, items=items, device=device, quick=quick, command=invocation())
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    table = Table(*HEADER, title=f"{task} on {device}")
-    for figure in figures:
-        table.add_row(*figure.cells())
-    console.print(table)
+    show(HEADER, [figure.cells() for figure in figures], f"{task} on {device}", prose=1)
     print(f"raw values: {out}/bench.json\ntable: {out}/bench.md")
 
 

@@ -21,6 +21,7 @@ from unlearn_gym.envs.pool import WorkerPool
 from unlearn_gym.envs.siss_unlearn import SISSUnlearnEnv, parse_action, reset_options
 from unlearn_gym.errors import ActionError, SettingsError, shown
 from unlearn_gym.memory import PROCESS_BYTES, check_memory
+from unlearn_gym.step import Moments
 from unlearn_gym.tasks import resolve_data_root
 from unlearn_gym.torch_state import insulated
 from unlearn_gym.values import is_real, is_whole, numbers_of
@@ -231,6 +232,13 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
         batched: dict[str, Any] = {}
         for i, info in enumerate(infos):
             batched = self._add_info(batched, info, i)
+        return batched
+
+    def _add_info(self, vector_infos: dict[str, Any], env_info: dict[str, Any], env_num: int) -> dict[str, Any]:
+        """As gymnasium has it; batches of moments print as short as one does."""
+        batched = super()._add_info(vector_infos, env_info, env_num)
+        if "second_moment" in env_info:
+            batched["second_moment"] = batched["second_moment"].view(Moments)
         return batched
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:

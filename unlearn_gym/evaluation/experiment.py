@@ -112,6 +112,11 @@ def load_experiment(name: str) -> Experiment:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else EXPERIMENTS / f"{name}.yaml"
     if not path.is_file():
+        if path.parent == EXPERIMENTS and not EXPERIMENTS.is_dir():
+            raise ResultsError(
+                f"no {EXPERIMENTS} in {Path.cwd()}, so no experiment {name!r}: run this in the root of a checkout, "
+                "which has them, or name a .yaml file"
+            )
         known = sorted(p.stem for p in EXPERIMENTS.glob("*.yaml"))
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known) or 'none'}"

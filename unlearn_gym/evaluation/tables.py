@@ -87,7 +87,7 @@ def estimate_mean(results: Results, policy: str, metric: Metric) -> str:
 
 
 def terminal(results: Results, *, intervals: bool) -> Table:
-    """The main figures alone, for a terminal: means, with intervals below them where there is room."""
+    """The main figures alone, for a terminal: means, and with ``intervals`` these below them."""
     shown = [m for m in present(results, ON_TERMINAL) if results.values(UNTOUCHED, m.name)]
     rows = []
     for policy in results.policies:
@@ -95,7 +95,7 @@ def terminal(results: Results, *, intervals: bool) -> Table:
         for m in shown:
             mean, low, high = results.estimate(policy, m.name)
             text = m.form(mean) if np.isfinite(mean) else ("diverged" if policy in results.diverged else NOTHING)
-            row.append(text + (f"\n{m.form(low)} … {m.form(high)}" if intervals and low < high else ""))
+            row.append(text + (f"\n[{m.form(low)}, {m.form(high)}]" if intervals and low < high else ""))
         rows.append(row)
     return ["policy", *(m.title for m in shown)], rows
 

@@ -22,6 +22,7 @@ from unlearn_gym.tasks.registry import (
     FeatureConstants,
     Task,
     TaskFamily,
+    family_names,
     get_task,
     load_data,
     provide_data,
@@ -39,6 +40,7 @@ __all__ = [
     "Task",
     "TaskData",
     "TaskFamily",
+    "family_names",
     "get_task",
     "load_data",
     "provide_data",
@@ -109,7 +111,7 @@ def make_mnist_digits(digits: tuple[int, ...], name: str) -> Task:
     """The task that forgets ``digits`` of MNIST."""
     return Task(
         name=name,
-        description=f"class-conditional DDPM on MNIST: forget the digits {', '.join(map(str, digits))}",
+        description=f"class-conditional DDPM on MNIST: forget digits {', '.join(map(str, digits))}",
         network=MNIST_NETWORK.model_copy(update={"num_classes": 10}),
         load_data=Of(_load_mnist_digits, digits),
         **_member_folders("mnist-digits", digits, name),
@@ -127,7 +129,8 @@ def make_sfd_mnist_digits(digits: tuple[int, ...], name: str) -> Task:
     return replace(
         teacher,
         name=name,
-        description=f"one-step generator of class-conditional MNIST: forget {', '.join(map(str, digits))}",
+        description="one-step generator, distilled without data from the class-conditional DDPM on MNIST: "
+        f"forget digits {', '.join(map(str, digits))}",
         network=OneStepNetwork(
             teacher.network, teacher.pretrained_path, teacher.oracle_path, teacher_task=teacher.name
         ),
@@ -143,7 +146,7 @@ def make_cifar10(classes: tuple[int, ...], name: str) -> Task:
     names = ", ".join(f"{c} ({cifar.CLASSES[c]})" for c in classes)
     return Task(
         name=name,
-        description=f"class-conditional DDPM on CIFAR-10: forget the classes {names}; data and weights are the user's",
+        description=f"class-conditional DDPM on CIFAR-10: forget classes {names}; data and weights are the user's",
         network=cifar.NETWORK,
         load_data=Of(_load_cifar10, classes),
         **_member_folders("cifar10", classes, name, user_folder()),
@@ -158,7 +161,7 @@ def make_gaussians(modes: tuple[int, ...], name: str) -> Task:
     kept = tuple(mode for mode in range(gaussians.NUM_MODES) if mode not in modes)
     return Task(
         name=name,
-        description=f"small MLP on a ring of eight Gaussians in the plane: forget {', '.join(map(str, modes))}",
+        description=f"small MLP on a ring of eight Gaussians in the plane: forget modes {', '.join(map(str, modes))}",
         network=MLPConfig(),
         schedule=ScheduleConfig(num_train_timesteps=200, beta_start=5e-4, beta_end=0.1),
         load_data=Of(_load_gaussians, modes),

@@ -117,6 +117,12 @@ class Task:
         return (self.oracle_assets or self.assets) / "oracle.safetensors"
 
     @property
+    def constants_path(self) -> Path:
+        """The file of its constants; of a member of a family that has none of its own, the family's."""
+        own, shared = (folder / "constants.json" for folder in (self.assets, self.pretrained_path.parent))
+        return shared if shared.is_file() and not own.is_file() else own
+
+    @property
     def weights_within(self) -> list[Path]:
         """Files of weights that the network is built around: a one-step generator's teacher."""
         return [self.network.teacher] if isinstance(self.network, OneStepNetwork) else []
@@ -190,10 +196,10 @@ class Task:
         A member of a family without its own has those of the family's default, but for the forget loss of a model
         that never saw the data.
         """
-        path, shared = self.assets / "constants.json", self.pretrained_path.parent / "constants.json"
-        borrowed = not path.is_file() and shared.is_file()
+        path = self.constants_path
         try:
-            constants = read_json_as(shared if borrowed else path, FeatureConstants, TaskError, "measure it again")
+            constants = read_json_as(path, FeatureConstants, TaskError, "measure it again")
+            borrowed = path.parent != self.assets
             return constants.model_copy(update={"unseen_forget_loss": None}) if borrowed else constants
         except FileNotFoundError:
             raise TaskError(
@@ -257,6 +263,11 @@ def register_family(family: TaskFamily) -> None:
 def task_names() -> list[str]:
     """Names of all registered tasks."""
     return sorted(_TASKS)
+
+
+def family_names() -> list[str]:
+    """Names of the tasks that may be given other classes to forget."""
+    return sorted(_FAMILIES)
 
 
 def get_task(name: str) -> Task:

@@ -1,0 +1,116 @@
+"""Commands that say what there is: options, infos and tasks, as the code has them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def options() -> None:
+    """Print every --option with its default, and every key of info, as in docs/options.md."""
+    print(options_page(), end="")
+
+
+def tasks() -> None:
+    """List the tasks: model, data, what is forgotten, and whether weights and constants are there."""
+    from unlearn_gym.cli.terminal import show
+    from unlearn_gym.tasks import family_names, get_task
+    from unlearn_gym.tasks.registry import SHELL_TASKS
+
+    rows = []
+    for task in map(get_task, sorted(SHELL_TASKS)):
+        files = {"weights": task.pretrained_path, "constants": task.constants_path, "oracle": task.oracle_path}
+        there = [name for name, path in files.items() if path.is_file()]
+        rows.append([task.name, task.description, "\n".join(there) or "nothing"])
+    show(["task", "model, data, and what is forgotten", "there"], rows, prose=1)
+    families = ", ".join(family_names())
+    print(f"{families}: a colon and numbers name other classes to forget, as in 'gaussians-2d:1,3'.")
+
+
+def options_page() -> str:
+    """docs/options.md."""
+    from unlearn_gym.envs.infos import INFO_KEYS, VECTOR_KEYS
+    from unlearn_gym.evaluation.tables import markdown_table
+    from unlearn_gym.settings import PRESETS, RunSettings
+
+    properties = RunSettings.model_json_schema()["properties"]
+    option_rows = [
+        [f"`{name}`", f"`{_text(schema['default'])}`", _values(schema), schema["description"]]
+        for name, schema in properties.items()
+    ]
+    keys = [
+        ["".join(f'["{part}"]' for part in key.path).join("``"), key.where or "reset, step", key.meaning]
+        for key in (*INFO_KEYS, *VECTOR_KEYS)
+    ]
+    presets = [[f"`{name}`", _assignments(values)] for name, values in PRESETS.items()]
+    return PAGE.format(
+        presets=markdown_table(["preset", "stands for"], presets),
+        options=markdown_table(["option", "default", "values", "meaning"], option_rows),
+        tasks=markdown_table(["task", "its own defaults"], _own_defaults()),
+        infos=markdown_table(["`info…`", "returned by", "meaning"], keys),
+    )
+
+
+def _own_defaults() -> list[list[str]]:
+    """The settings of each task that are not the options' own defaults."""
+    from unlearn_gym.settings import RunSettings
+    from unlearn_gym.tasks import get_task
+    from unlearn_gym.tasks.registry import SHELL_TASKS
+
+    usual, rows = RunSettings().model_dump(mode="json"), []
+    for name in sorted(SHELL_TASKS):
+        own = get_task(name).settings.model_dump(mode="json")
+        changed = {option: value for option, value in own.items() if value != usual[option]}
+        rows.append([f"`{name}`", _assignments(changed) or "–"])
+    return rows
+
+
+def _assignments(values: dict[str, Any]) -> str:
+    return ", ".join(f"`{option}={_text(value)}`" for option, value in values.items())
+
+
+def _text(value: Any) -> str:
+    """A value as the command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _values(schema: dict[str, Any]) -> str:
+    """What a JSON schema admits, in words."""
+    if "anyOf" in schema:
+        return ", or ".join(_values(one) for one in schema["anyOf"])
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    if schema["type"] == "null":
+        return "`null`"
+    bounds = [f"{sign} {schema[name]:g}" for name, sign in BOUNDS.items() if name in schema]
+    return " ".join([KINDS[schema["type"]], ", ".join(bounds)]).strip()
+
+
+BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+KINDS = {"number": "number", "integer": "whole number", "boolean": "`true`, `false`", "string": "text", "array": "list"}
+PAGE = """# Options and infos
+
+Made by `unlearn-gym options`.
+
+## Options of a run
+
+On the command line `--option NAME=VALUE`, repeated, with values as below; in Python arguments of `gym.make` and
+`gym.make_vec`, where `null` is `None`. They are the fields of [RunSettings](environment.md#settings), which says more
+of some. A task's own defaults, below, go before these.
+
+{options}
+
+{tasks}
+
+`preset=NAME` stands for several at once, to make updates as public code does ([objectives](objectives.md)); options
+given beside it go before it.
+
+{presets}
+
+## Keys of info
+
+Of `reset` and `step` of the [environment](environment.md). The infos of a vector environment are gymnasium's: arrays of
+one value for each environment, and under each key with `_` before it the mask of those that have one.
+
+{infos}
+"""
