@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,6 +35,7 @@ from unlearn_gym.evaluation.quality import (
     ssim,
     total_variation,
 )
+from unlearn_gym.evaluation.results import load_results
 from unlearn_gym.models.classifier import GARMENTS, TROUSERS, classify
 from unlearn_gym.tasks import get_task, load_data, to_model_range
 from unlearn_gym.tasks.probe import probe_grid
@@ -511,3 +514,46 @@ def test_the_catalogue_explains_every_metric_that_an_evaluation_gives(name, abse
     assert result.absent[absent] == "not for this kind of task"
     assert set(BY_NAME) - set(MEASURED) == {"score", "mean_lambda", "episode_return"}
     assert all(m.meaning and m.range and m.cost and m.source for m in METRICS)
+
+
+COMMITTED = Path(__file__).resolve().parent.parent / "docs" / "experiments"
+OTHERS = ("rl-against-vi/mnist-trousers", "likelihood/mnist-trousers", "objectives/vae-siss", "objectives/sfd")
+
+
+def bounds(text: str, task: str, policy: str, settings: dict[str, float]) -> tuple[float, float]:
+    """The numbers that a stated range means for the metric of one policy of a task."""
+    shape, classes = (2, 8) if task.startswith("gaussians-2d") else (784, 20)
+    usual, _, other = text.partition("; ")
+    for whose, applies in (("of points ", shape == 2), ("of `finetune` ", policy == "finetune")):
+        if other.startswith(whose) and applies:
+            usual = other.removeprefix(whose)
+    if usual == "any":
+        return -math.inf, math.inf
+    named = {"√D": math.sqrt(shape), "C": classes, "λ_min": settings["lambda_min"], "λ_max": settings["lambda_max"]}
+    numbers = [float(named.get(word, word)) for word in usual.replace(" to ", " ").split() if word not in "≥≤"]
+    return {"≥": (numbers[0], math.inf), "≤": (-math.inf, numbers[0])}.get(usual[0], (numbers[0], numbers[-1]))
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [*sorted(p.parent for p in COMMITTED.glob("*/gaussians-2d*/results.json")), *(COMMITTED / name for name in OTHERS)],
+    ids=lambda p: f"{p.parent.name}-{p.name}",
+)
+def test_every_committed_figure_lies_in_its_stated_range(folder):
+    found = load_results(folder)
+    rounding = 1e-6
+    outside = []
+    for policy in found.policies:
+        for metric in METRICS:
+            low, high = bounds(metric.range, found.task, policy, found.settings)
+            values = found.values(policy, metric.name).values()
+            outside += [(policy, metric.name, v) for v in values if not low - rounding <= v <= high + rounding]
+    assert outside == []
+
+
+def test_every_stated_range_says_numbers():
+    settings = {"lambda_min": 0.1, "lambda_max": 0.9}
+    for metric in METRICS:
+        for task in ("gaussians-2d", "mnist-trousers"):
+            low, high = bounds(metric.range, task, "static:0.5", settings)
+            assert low < high, metric

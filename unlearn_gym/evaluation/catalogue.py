@@ -14,7 +14,8 @@ class Metric:
     """A metric as tables head, print and explain it.
 
     ``better`` is the direction: ``"oracle"`` is closer to the retrained oracle's own value, ``""`` none. ``cost`` is
-    in network evaluations of one sample at one timestep, for the default sizes.
+    in network evaluations of one sample at one timestep, for the default sizes. ``range`` is what can happen: "a to b",
+    "≥ a", "≤ a" or "any", with C the number of classes and D the number of pixels, and after a semicolon what differs.
     """
 
     name: str
@@ -40,6 +41,10 @@ def places(digits: int) -> Callable[[float], str]:
 FROM_SAMPLES = "samples of the forget labels: 20,000"
 FROM_QUALITY = "samples of the retained labels: 20,000"
 
+ESTIMATE = "any; in expectation ≥ 0"
+DISTANCE = "0 to √D; of points ≥ 0"
+BITS = "any; bits/dim"
+
 METRICS = (
     Metric(
         "forget_rate", "forget rate", share, "lower", "0 to 1", FROM_SAMPLES, "share with Wilson's interval (1927)",
@@ -60,7 +65,7 @@ METRICS = (
         "relative rise of the retain loss (w: `potential_retain_coef`, 10): 0 for the untouched model",
     ),
     Metric(
-        "feature_kid", "KID (features)", places(2), "lower", "about ≥ 0", FROM_QUALITY, "Bińkowski et al. (2018)",
+        "feature_kid", "KID (features)", places(2), "lower", ESTIMATE, FROM_QUALITY, "Bińkowski et al. (2018)",
         "kernel distance of the task classifier's features to held-out retain data; not Inception's. An unbiased "
         "estimate on unnormalised features: of a few hundred samples it varies by a few units, below 0 too",
     ),
@@ -90,10 +95,10 @@ METRICS = (
         "share of the reference whose features lie within the samples'",
     ),
     Metric(
-        "reconstruction_distance", "reconstruction", places(3), "oracle", "0 to √D", "1,000", "–",
-        "mean distance, pixels in [0, 1], of forget images noised to 0.3 T and what the model makes of them in ten "
-        "steps (of a one-step generator its fake network; of a VAE: images and what it decodes at their mean latents): "
-        "small while it remembers",
+        "reconstruction_distance", "reconstruction", places(3), "oracle", DISTANCE, "1,000", "–",
+        "mean distance, pixels in [0, 1], points as they are, of forget samples noised to 0.3 T and what the model "
+        "makes of them in ten steps (of a one-step generator its fake network; of a VAE: images and what it decodes at "
+        "their mean latents): small while it remembers",
     ),
     Metric(
         "membership_auc", "membership AUC", places(3), "oracle", "0 to 1", "6,000", "Yeom et al. (2018)",
@@ -106,8 +111,8 @@ METRICS = (
         "kind, if not of its very images; the report says how much unseen data of that kind is",
     ),
     Metric(
-        "copy_distance", "copy distance", places(2), "higher", "0 to √D", FROM_SAMPLES, "–",
-        "median distance of these samples to the forget set, pixels in [0, 1]",
+        "copy_distance", "copy distance", places(2), "higher", DISTANCE, FROM_SAMPLES, "–",
+        "median distance of these samples to the forget set, pixels in [0, 1], points as they are",
     ),
     Metric(
         "ssim_copy", "SSIM to copy", places(3), "lower", "-1 to 1", FROM_SAMPLES, "Wang et al. (2004)",
@@ -129,7 +134,7 @@ METRICS = (
         "Fréchet distance of features to those of the oracle's samples of other noise; the oracle's own row is a floor",
     ),
     Metric(
-        "oracle_kid", "KID to oracle", places(2), "lower", "about ≥ 0", FROM_QUALITY, "Bińkowski et al. (2018)",
+        "oracle_kid", "KID to oracle", places(2), "lower", ESTIMATE, FROM_QUALITY, "Bińkowski et al. (2018)",
         "kernel distance of features to those of the oracle's samples of other noise",
     ),
     Metric(
@@ -138,37 +143,37 @@ METRICS = (
         "held-out retain data; where that is known: gaussians-2d",
     ),
     Metric(
-        "nll_bound_forget", "NLL bound, forget", places(3), "oracle", "bits/dim", "1,000 a sample",
+        "nll_bound_forget", "NLL bound, forget", places(3), "oracle", BITS, "1,000 a sample",
         "Ho et al. (2020), eq. 5", "variational bound of the forget set's negative log-likelihood",
     ),
     Metric(
-        "nll_bound_retain", "NLL bound, retain", places(3), "lower", "bits/dim", "1,000 a sample",
+        "nll_bound_retain", "NLL bound, retain", places(3), "lower", BITS, "1,000 a sample",
         "Ho et al. (2020), eq. 5", "the same of held-out retain data",
     ),
     Metric(
-        "nll_ode_forget", "NLL (ODE), forget", places(3), "oracle", "bits/dim", "100 a sample, with backward passes",
+        "nll_ode_forget", "NLL (ODE), forget", places(3), "oracle", BITS, "100 a sample, with backward passes",
         "Song et al. (2021), eq. 39",
         "negative log-likelihood of the forget set by the probability-flow ODE, from one drawn x_1 (likelihood.py)",
     ),
     Metric(
-        "nll_ode_retain", "NLL (ODE), retain", places(3), "lower", "bits/dim", "100 a sample, with backward passes",
+        "nll_ode_retain", "NLL (ODE), retain", places(3), "lower", BITS, "100 a sample, with backward passes",
         "Song et al. (2021), eq. 39", "the same of held-out retain data",
     ),
     Metric(
-        "nll_elbo_forget", "NLL (ELBO), forget", places(3), "oracle", "bits/dim", "1 a sample",
+        "nll_elbo_forget", "NLL (ELBO), forget", places(3), "oracle", BITS, "1 a sample",
         "Kingma and Welling (2014)", "negative evidence lower bound of the forget set under a VAE, from one latent",
     ),
     Metric(
-        "nll_elbo_retain", "NLL (ELBO), retain", places(3), "lower", "bits/dim", "1 a sample",
+        "nll_elbo_retain", "NLL (ELBO), retain", places(3), "lower", BITS, "1 a sample",
         "Kingma and Welling (2014)", "the same of held-out retain data",
     ),
     Metric(
-        "nll_iw_forget", "NLL (IW), forget", places(3), "oracle", "bits/dim", "50 a sample",
+        "nll_iw_forget", "NLL (IW), forget", places(3), "oracle", BITS, "50 a sample",
         "Burda et al. (2016), eq. 8",
         "importance-weighted bound of the forget set's negative log-likelihood under a VAE, 50 latents",
     ),
     Metric(
-        "nll_iw_retain", "NLL (IW), retain", places(3), "lower", "bits/dim", "50 a sample",
+        "nll_iw_retain", "NLL (IW), retain", places(3), "lower", BITS, "50 a sample",
         "Burda et al. (2016), eq. 8",
         "the same of held-out retain data",
     ),
@@ -177,7 +182,7 @@ METRICS = (
         "the forget rate of samples that a one-step generator's fake network draws in many steps",
     ),
     Metric(
-        "multi_step_kid", "KID, many steps", places(2), "lower", "about ≥ 0", FROM_QUALITY, "Bińkowski et al. (2018)",
+        "multi_step_kid", "KID, many steps", places(2), "lower", ESTIMATE, FROM_QUALITY, "Bińkowski et al. (2018)",
         "KID (features) of such samples",
     ),
     Metric(
@@ -189,7 +194,7 @@ METRICS = (
         "Fréchet distance of Inception features to held-out retain data, where the user has torch-fidelity's weights",
     ),
     Metric(
-        "inception_kid", "KID (Inception)", places(4), "lower", "about ≥ 0", FROM_QUALITY, "Bińkowski et al. (2018)",
+        "inception_kid", "KID (Inception)", places(4), "lower", ESTIMATE, FROM_QUALITY, "Bińkowski et al. (2018)",
         "kernel distance of the same features",
     ),
     Metric(
@@ -197,7 +202,7 @@ METRICS = (
         "on Inception's own logits",
     ),
     Metric(
-        "mean_lambda", "mean λ", places(2), "", "λ_min to λ_max", "none", "–", "mean of the run's λ",
+        "mean_lambda", "mean λ", places(2), "", "λ_min to λ_max; of `finetune` 0", "none", "–", "mean of the run's λ",
     ),
     Metric(
         "episode_return", "return", places(2), "higher", "any", "none", "arXiv 2512.01054, section 5.3",
