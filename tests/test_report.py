@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from unlearn_gym.evaluation import tables
 from unlearn_gym.evaluation.catalogue import metrics_page
-from unlearn_gym.evaluation.cell import ORACLE, UNTOUCHED
+from unlearn_gym.evaluation.cell import ORACLE, UNTOUCHED, unpack_samples
+from unlearn_gym.evaluation.comparison import Comparison, run_comparison
+from unlearn_gym.evaluation.experiment import experiment_page
+from unlearn_gym.evaluation.judge import EvaluationSettings
+from unlearn_gym.evaluation.metrics import Evaluator
 from unlearn_gym.evaluation.report import reward_lines, verdict, write_report
 from unlearn_gym.evaluation.results import CELL_FORMAT, Results, merge_results, score
 from unlearn_gym.evaluation.signatures import warnings
+from unlearn_gym.tasks import get_task, load_data, register_task
 
 START, CAP, HORIZON = (0.1, 0.2), 0.5, 10
 SETTINGS = {
@@ -90,6 +97,49 @@ def test_without_an_oracle_there_is_no_score_and_still_a_report(tmp_path):
     assert tables.against_best_static(table) == ([], [])
     assert "No score: no retrained oracle." in write_report(table, tmp_path).read_text()
     assert any("Forgot most (highest forget loss)" in line for line in verdict(table))
+
+
+def test_a_report_speaks_of_nothing_that_it_does_not_have(tmp_path):
+    """Without an oracle and a classifier: no score and its w, no levels, no judged samples, no oracle's line."""
+    parts = [*seeds("static:0.5", [0.3, 0.4]), *seeds("prior", [0.3, 0.4])]
+    bare = Results({**results(*parts, oracle=False).raw, "probe_cap": None, "feature_dim": None})
+    text = write_report(bare, tmp_path / "bare").read_text()
+    whole = write_report(results(*parts), tmp_path / "whole").read_text()
+    for phrase in ("Score: w = 10", "to each forget loss", "of the forget data's labels", "At equal forgetting"):
+        assert phrase in whole
+        assert phrase not in text
+    assert "There are no scores, so differences are to static:0.5." in text
+    assert "There are no scores" not in whole
+    assert [line for line in text.splitlines() if "oracle" in line] == ["No score: no retrained oracle.  "]
+    assert all("as above" not in one for one in (text, whole))
+    pages = [experiment_page("mine", "?", {"arm": one}) for one in (bare, results(*parts))]
+    assert ["the last two columns" in page for page in pages] == [False, True]
+
+
+@pytest.mark.parametrize("evaluated", [30, 250])
+def test_without_a_classifier_a_report_shows_before_and_after_all_the_same(evaluated, tmp_path):
+    plain = replace(
+        get_task("gaussians-2d"), name=f"plain-{evaluated}", classify=None, oracle_assets=tmp_path / "none"
+    )  # fmt: skip
+    register_task(plain)
+    comparison = Comparison(plain.name, ("static:0.5",), (0,), {"horizon": 3}, EvaluationSettings(evaluated, 250))
+    found = run_comparison(comparison, tmp_path / "out")
+    shown = {c["policy"]: unpack_samples(c["pictures"]["forget"]) for c in found.cells}
+    assert {name: samples.shape for name, samples in shown.items()} == dict.fromkeys(
+        (UNTOUCHED, "static:0.5"), (evaluated, 2)
+    )
+    assert (shown[UNTOUCHED] != shown["static:0.5"]).any()
+    text = write_report(found, tmp_path / "out").read_text()
+    assert "![samples](samples.png)" in text
+    assert (tmp_path / "out" / "samples.png").stat().st_size > 10_000
+    assert "Samples: for the pictures alone;" in text
+
+
+def test_images_without_a_classifier_are_shown_by_the_labels_that_there_are(tmp_path):
+    task = replace(get_task("mnist-trousers"), classify=None)
+    judges = Evaluator(task, load_data(task), EvaluationSettings(20, 200, num_inference_steps=2))
+    forget, quality = judges.draw(task.pretrained_model(), 100, 40)
+    assert (forget.shape, quality.shape) == ((20, 1, 28, 28), (40, 1, 28, 28))
 
 
 def test_a_clear_difference_is_starred_and_noise_is_not():

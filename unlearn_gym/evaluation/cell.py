@@ -104,21 +104,27 @@ def run_cell(
         cell |= {"metrics": result.metrics, "absent": result.absent, "profile": result.profile}
     cell["evaluation_seconds"] = time.perf_counter() - started
     if keep_samples:
-        cell["pictures"] = _pictures(result)
+        cell["pictures"] = _pictures(evaluator(task, data_root, evaluation), model, result)
     kept = {"model": model_bytes(model, get_task(task))} if keep_model and not cell["diverged"] else {}
     return {**finite_or_none(cell), **kept}
 
 
-def _pictures(result: Evaluation) -> dict[str, Any]:
-    """Samples for the report's grids, and which of the forget samples the classifier calls forget data."""
-    forget, quality, is_forget = result.forget_samples, result.quality_samples, result.is_forget
-    if forget is None or quality is None or is_forget is None:
+def _pictures(judges: Evaluator, model: nn.Module, result: Evaluation) -> dict[str, Any]:
+    """Samples for the report's grids, and which of the forget samples the classifier calls forget data; without a
+    classifier nothing has drawn them before, and none is called so.
+    """
+    if not result.finite:
         return {}
-    num_forget, num_quality = IMAGES_KEPT if forget.dim() == 4 else (POINTS_KEPT, POINTS_KEPT)
+    num_forget, num_quality = IMAGES_KEPT if judges.data.retain.dim() == 4 else (POINTS_KEPT, POINTS_KEPT)
+    forget, quality, is_forget = result.forget_samples, result.quality_samples, result.is_forget
+    if forget is None or quality is None:
+        forget, quality = judges.draw(model, num_forget, num_quality)
+    if not all(torch.isfinite(samples).all() for samples in (forget, quality)):
+        return {}
     return {
         "forget": pack_samples(forget[:num_forget]),
         "quality": pack_samples(quality[:num_quality]),
-        "forget_hits": is_forget[:num_forget].nonzero().flatten().tolist(),
+        "forget_hits": [] if is_forget is None else is_forget[:num_forget].nonzero().flatten().tolist(),
     }
 
 

@@ -220,17 +220,30 @@ def _group(results: Results) -> str:
     return "-".join(parts).replace("_", "-").lower()
 
 
+SCORE_COLUMNS = (
+    "the last two columns: the paired difference of the score to the arm's best static λ by hindsight, and its "
+    "p-value: Wilcoxon's signed-rank test, Holm-corrected within the arm among the static λ and, apart from these, "
+    "among all others but fine-tuning. "
+)
+
+
+def _smallest_p(num_seeds: int) -> str:
+    """What so many seeds can show at all."""
+    return (
+        f"Fewer than five seeds give no p-value, n seeds none below 2^(1-n): {num_seeds} seeds can call one of at most "
+        f"{int(0.05 * 2 ** (num_seeds - 1))} comparisons clear, and only if all of them agree."
+    )
+
+
 def experiment_page(name: str, question: str, arms: dict[str, Results]) -> str:
     """The Markdown page over all arms of an experiment."""
     first = next(iter(arms.values()))
     versions = ", ".join(f"{k} {v}" for k, v in first.raw["versions"].items())
     lines = [f"# Experiment {name}", question, markdown_table(*across(arms))]
     lines.append(
-        "Means over seeds with 95 % intervals; the last two columns: the paired difference of the score to the arm's "
-        "best static λ by hindsight, and its p-value: Wilcoxon's signed-rank test, Holm-corrected within the arm among "
-        "the static λ and, apart from these, among all others but fine-tuning. Fewer than five seeds give no p-value, "
-        f"n seeds none below 2^(1-n): {len(first.seeds)} seeds can call one of at most "
-        f"{int(0.05 * 2 ** (len(first.seeds) - 1))} comparisons clear, and only if all of them agree."
+        f"Means over seeds with 95 % intervals; {SCORE_COLUMNS}{_smallest_p(len(first.seeds))}"
+        if any(results.has_scores for results in arms.values())
+        else "Means over seeds with 95 % intervals; without an oracle there are no scores to compare."
     )
     lines += methods(arms)
     lines += ["## The return against what is wanted", markdown_table(*rewards(arms))]

@@ -152,7 +152,7 @@ class Judge:
         shape = family.noise_shape(model, self.data.retain.shape[1:])
         noise = torch.randn((n, *shape), generator=torch.Generator().manual_seed(seed))
         for start in range(0, n, s.batch_size):
-            part = slice(start, start + s.batch_size)
+            part = slice(start, min(start + s.batch_size, n))
             yield family.sample(
                 model, noise[part].to(device), alphas_cumprod, clip=self.task.clip,
                 labels=None if labels is None else labels[part].to(device),

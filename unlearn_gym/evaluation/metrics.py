@@ -192,6 +192,17 @@ class Evaluator:
         absent = figures.missing(reason)
         return Evaluation(figures.values, absent, profile, quality_samples=drawn[0] if drawn else None)
 
+    @insulated
+    def draw(self, model: nn.Module, num_forget: int, num_quality: int) -> tuple[Tensor, Tensor]:
+        """Up to so many samples ``(N, *S)`` under the forget data's labels and under those to retain, not judged."""
+        judge, s, model = self.judge, self.settings, self._for_evaluation(model)
+        asked = (
+            (judge.forget_labels(), min(num_forget, s.num_forget_samples), s.seed + 1),
+            (judge.quality_labels(), min(num_quality, s.num_quality_samples), s.seed),
+        )
+        forget, quality = (torch.cat(list(judge.batches(model, *what))).cpu() for what in asked)
+        return forget, quality
+
     def _for_evaluation(self, model: nn.Module) -> nn.Module:
         return copy.deepcopy(model).to(memory_format=torch.channels_last).eval()
 

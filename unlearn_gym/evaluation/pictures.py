@@ -84,7 +84,8 @@ def draw_front(results: Results, path: Path) -> Path:
             panel.axhline(results.estimate(ORACLE, name).mean, color="dimgray", linewidth=0.8, linestyle=":")
         panel.xaxis.set_major_locator(MaxNLocator(4))
         bare(panel)
-    figure.suptitle(f"{results.task}: means and 95 % intervals; dotted: the oracle", fontsize=10)
+    dotted = "; dotted: the oracle" if ORACLE in results.policies else ""
+    figure.suptitle(f"{results.task}: means and 95 % intervals{dotted}", fontsize=10)
     columns = 1 + (len(results.policies) - 1) // 24
     figure.legend(loc="outside right center", fontsize=7 if columns > 1 else 8, frameon=False, ncols=columns)
     return save(figure, path)
@@ -203,9 +204,12 @@ def draw_sample_grids(results: Results, policy: str, path: Path) -> Path:
         draw_samples(panels[0, column], forget[order] if images else forget, columns=10)
         if images:
             draw_samples(panels[1, column], quality, columns=10)
-    title = "samples from the same noise; in the middle the policy that forgot most"
-    if images:
-        first = f"first the {len(hits)} that the untouched model turns into forget data" if hits else "forget labels"
-        title += f"; top: {first}; bottom: to retain"
+    title = "samples from the same noise"
+    if policy in shown:
+        title += f"; {'in the middle' if len(shown) == 3 else 'on the right'} the policy that forgot most"
+    if images and hits:
+        title += f"; top: first the {len(hits)} that the untouched model turns into forget data; bottom: to retain"
+    elif images:
+        title += "; with labels: top those of the forget data, bottom those to retain"
     figure.suptitle(title, fontsize=9)
     return save(figure, path)

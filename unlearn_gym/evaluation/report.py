@@ -54,9 +54,9 @@ def _write_report(results: Results, out: Path) -> Path:
         markdown_table(*tables.summary(results)),
         *_section("Against the best static λ", tables.against_best_static(results), BEST_STATIC),
         *_section("Does the answer depend on the exchange rate?", tables.exchange_rates(results), EXCHANGE),
-        *_section("Paired differences", tables.paired(results), PAIRED),
+        *_section("Paired differences", tables.paired(results), PAIRED + _without_scores(results)),
         *_section("At equal forgetting", tables.matched(results), MATCHED),
-        *_section("Effort", tables.efforts(results), EFFORT),
+        *_section("Effort", tables.efforts(results), TO_LEVELS + EFFORT if results.levels else EFFORT.capitalize()),
         *_warnings(results),
         "## Does the reward pay for what is wanted?",
         "\n".join(f"- {line}" for line in reward_lines(results)),
@@ -86,8 +86,8 @@ EXCHANGE = (
     "interval is not corrected."
 )
 PAIRED = (
-    "On the same seeds and batches. A star: p < 0.05, Holm-corrected as above, in its column. Without an "
-    "oracle there are no scores, and the differences are to static:0.5 or the first static λ."
+    "On the same seeds and batches. A star: p < 0.05 by Wilcoxon's signed-rank test, Holm-corrected in its column "
+    "among the static λ and, apart from these, among all others but fine-tuning."
 )
 MATCHED = (
     "Each run's forget and retain loss are measured along it on a fixed probe. Where a run first reaches a forget "
@@ -96,10 +96,13 @@ MATCHED = (
     "arrive, over seeds on which both do; means are of the runs that arrive, and "
     "runs that diverged later count as far as they came."
 )
-EFFORT = (
-    "Mean updates and seconds to each forget loss, of the runs (their number) that reach it; seconds of a run, as the "
-    "clock went while other runs shared the machine."
-)
+TO_LEVELS = "Mean updates and seconds to each forget loss, of the runs (their number) that reach it; "
+EFFORT = "seconds of a run, as the clock went while other runs shared the machine."
+
+
+def _without_scores(results: Results) -> str:
+    """To which static λ differences are taken where there are no scores that could choose it."""
+    return "" if results.has_scores else f" There are no scores, so differences are to {results.best_static}."
 
 
 def _section(title: str, table: tables.Table, text: str) -> list[str]:
@@ -235,8 +238,18 @@ def _clip_text(results: Results) -> str:
     return f"clip {s['max_grad_norm']}{by_value}{', errors summed over pixels' * (s['loss_reduction'] == 'sum')}"
 
 
+def _samples_text(results: Results) -> str:
+    """How many samples were drawn, under which labels, and for what."""
+    evaluation = results.raw["comparison"]["evaluation"]
+    quality = f"{evaluation['num_quality_samples']} of"
+    if results.raw["feature_dim"] is not None:
+        return f"{evaluation['num_forget_samples']} of the forget data's labels, {quality} those to retain"
+    return f"{quality} the labels to retain" if evaluation.get("inception_weights") else "for the pictures alone"
+
+
 def _protocol(results: Results) -> list[str]:
     s, evaluation = results.settings, results.raw["comparison"]["evaluation"]
+    rate = f"Score: w = {s['potential_retain_coef']:g}. " if results.has_scores else ""
     lines = [
         f"Task `{results.task}`, {_objective_text(results)}.",
         f"{s['horizon']} updates of {s['optimizer']} at {s['learning_rate']:g}, batch "
@@ -245,11 +258,9 @@ def _protocol(results: Results) -> list[str]:
         f"{results.raw['num_retain']} retain and {results.raw['num_forget']} forget samples.",
         *(f"`{name}` is `{spec}`." for name, spec in results.raw["comparison"].get("named", {}).items()),
         "Every policy of a seed starts from the same weights and sees the same samples, noise and mask uniforms.",
-        f"{LOSSES[results.family]}; retain loss on held-out data. Samples: "
-        f"{evaluation['num_forget_samples']} of the forget data's labels, {evaluation['num_quality_samples']} of "
-        f"those to retain; {SAMPLING[results.family].format(steps=results.raw['num_inference_steps'])}, one noise.",
-        f"Score: w = {s['potential_retain_coef']:g}. Intervals: 95 % percentile bootstrap over seeds; a reference row "
-        "has none.",
+        f"{LOSSES[results.family]}; retain loss on held-out data. Samples: {_samples_text(results)}; "
+        f"{SAMPLING[results.family].format(steps=results.raw['num_inference_steps'])}, one noise.",
+        f"{rate}Intervals: 95 % percentile bootstrap over seeds; a reference row has none.",
     ]
     if results.raw["feature_dim"] is not None:
         lines.append(
@@ -258,10 +269,10 @@ def _protocol(results: Results) -> list[str]:
         )
     n = evaluation["num_forget_samples"]
     for policy in REFERENCES:
-        for rate in results.values(policy, "forget_rate").values():
-            low, high = wilson_interval(round(rate * n), n)
+        for share in results.values(policy, "forget_rate").values():
+            low, high = wilson_interval(round(share * n), n)
             lines.append(
-                f"Forget rate of the {policy} model: {100 * rate:.1f} %, Wilson 95 % interval "
+                f"Forget rate of the {policy} model: {100 * share:.1f} %, Wilson 95 % interval "
                 f"[{100 * low:.1f}, {100 * high:.1f}] % by its {n} samples alone."
             )
     if results.values(UNTOUCHED, "forget_rate"):

@@ -112,6 +112,11 @@ class Results:
         return {seed: value for seed, value in found.items() if value is not None}
 
     @property
+    def has_scores(self) -> bool:
+        """Whether there is an oracle to score by, with a higher forget loss than the untouched model's."""
+        return bool(self.values(UNTOUCHED, "score"))
+
+    @property
     def diverged(self) -> set[str]:
         """Policies of which at least one run diverged."""
         return {cell["policy"] for cell in self.cells if cell["diverged"]}
