@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from unlearn_gym.errors import LONGEST_LINE
+from unlearn_gym.errors import LONGEST_LINE, shown
 from unlearn_gym.locks import folder_lock
 from unlearn_gym.run import UnlearningRun
 from unlearn_gym.tasks import get_task, load_data
@@ -44,6 +45,11 @@ def fails(error: type[BaseException], function: Callable[..., Any], *args: Any, 
     assert "\n" not in message
     assert len(message) <= LONGEST_LINE
     return message
+
+
+def label(value: Any) -> str:
+    """A test's name from a value, the same in every process: without addresses in memory."""
+    return re.sub(r" at 0x[0-9a-f]+", "", shown(value))
 
 
 @pytest.fixture

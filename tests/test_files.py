@@ -16,7 +16,7 @@ from unlearn_gym.evaluation.experiment import load_experiment
 from unlearn_gym.files import FormatError, parse_json, read_json, read_yaml
 from unlearn_gym.instances import build_instances, load_instances
 
-from .conftest import fails
+from .conftest import fails, label
 
 
 def yaml_of(tmp_path, text):
@@ -68,7 +68,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
 BAD_JSON = [DEEP, '{"a":' * 100_000, '{"a": 1, "a": 2}', '{"a": NaN}', "[-Infinity]", "1" * 5000, "{", ""]
 
 
-@pytest.mark.parametrize("text", BAD_JSON, ids=shown)
+@pytest.mark.parametrize("text", BAD_JSON, ids=label)
 def test_bad_json_is_one_line_in_whatever_reads_it(tmp_path, text):
     from unlearn_gym.evaluation.results import load_results
     from unlearn_gym.evaluation.store import CellStore

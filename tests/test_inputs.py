@@ -19,7 +19,6 @@ from unlearn_gym.errors import (
     SettingsError,
     TaskError,
     one_line,
-    shown,
 )
 from unlearn_gym.instances import load_instances
 from unlearn_gym.models import MLPConfig
@@ -28,7 +27,7 @@ from unlearn_gym.pretraining import PretrainSettings
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.tasks import get_task
 
-from .conftest import fails
+from .conftest import fails, label
 
 
 class OnADevice:
@@ -68,7 +67,7 @@ def test_whatever_plainly_is_one_number_is_an_action(action):
         leaf(0.5)[None], 10**400, -(10**400), [10**400], np.timedelta64(1), np.datetime64("2025"), Decimal("sNaN"),
         OnADevice(), [OnADevice()], torch.empty(1, device="meta"), object(), "x" * 10**6, 10**5000,
     ],
-    ids=shown,
+    ids=label,
 )  # fmt: skip
 def test_whatever_is_not_one_number_is_an_action_error_in_one_line(action):
     assert "λ" in fails(ActionError, parse_action, action, 0.0, 1.0)
@@ -112,7 +111,7 @@ def test_a_batch_of_actions_in_any_form_is_the_same_step(vector):
         np.ma.array([0.5, 0.5], mask=[False, True]), [True, 0.5], np.array([0.5, 0.5j]), leaf(0.5), ["0.5", 0.5],
         torch.empty(2, device="meta"), OnADevice(), [OnADevice(), 0.5], torch.tensor([True, False]),
     ],
-    ids=shown,
+    ids=label,
 )  # fmt: skip
 def test_a_bad_batch_of_actions_is_one_line_and_steps_nothing(vector, actions):
     sb3 = SB3VecEnv(vector)
@@ -139,7 +138,7 @@ def test_no_argument_of_an_environment_is_taken_for_another():
 
 
 @pytest.mark.parametrize(
-    "options", [3, [], [("instance", 1)], "instance", {"instance": True}, {1: 2}, {"x" * 10**6: 1}], ids=shown
+    "options", [3, [], [("instance", 1)], "instance", {"instance": True}, {1: 2}, {"x" * 10**6: 1}], ids=label
 )
 def test_bad_reset_options_are_one_line(vector, options):
     env = SISSUnlearnEnv("gaussians-2d")
@@ -154,7 +153,7 @@ def test_bad_reset_options_are_one_line(vector, options):
         {"num_envs": True}, {"num_envs": 2.0}, {"num_envs": "2"}, {"num_workers": True}, {"num_workers": "1"},
         {"backend": ["serial"]}, {"autoreset_mode": [1] * 10**6},
     ],
-    ids=shown,
+    ids=label,
 )  # fmt: skip
 def test_bad_arguments_of_many_environments_are_one_line(wrong):
     assert next(iter(wrong)) in fails(

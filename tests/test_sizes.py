@@ -24,7 +24,7 @@ from unlearn_gym.pretraining import Pretraining, PretrainSettings
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.tasks import get_task, load_data
 
-from .conftest import fails
+from .conftest import fails, label
 
 HUGE = 10**9
 
@@ -83,7 +83,7 @@ def test_counts_without_reason_are_refused():
 
 
 @pytest.mark.parametrize(
-    "value", ["x" * 10**7, list(range(10**6)), 10**10_000, dict.fromkeys(range(1000), "y" * 100), np.eye(9)], ids=shown
+    "value", ["x" * 10**7, list(range(10**6)), 10**10_000, dict.fromkeys(range(1000), "y" * 100), np.eye(9)], ids=label
 )
 def test_messages_shorten_values(value):
     assert len(shown(value)) <= 161
