@@ -28,6 +28,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 from agents.checkpoints import restore_checkpoint, save_checkpoint
 from agents.config import AgentConfig
 from unlearn_gym import ENV_ID
+from unlearn_gym.curves import curve_errors
 from unlearn_gym.envs import SB3VecEnv
 from unlearn_gym.errors import SettingsError, shown
 from unlearn_gym.files import checksum, copy_file, read_json_as, sha256, write_json
@@ -138,7 +139,7 @@ def train_agent(
     """
     plan.validate()
     plan.config.check_length(timesteps)
-    with folder_lock(folder):
+    with folder_lock(folder), curve_errors(folder / "tensorboard"):
         return _train_stages(plan, folder, timesteps, callbacks, stage_done)
 
 

@@ -7,10 +7,12 @@ import errno
 import json
 import os
 import stat
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from unlearn_gym.calibration import calibrate
 from unlearn_gym.distillation import DistillationSettings, distill
@@ -92,6 +94,24 @@ def test_a_full_disk_ends_a_training_in_one_line_and_leaves_its_last_checkpoint_
     for out in ("full", "whole"):
         pretrain(task, data, settings, tmp_path / out)
     assert sha256(tmp_path / "full" / "pretrained.safetensors") == sha256(tmp_path / "whole" / "pretrained.safetensors")
+
+
+def test_curves_that_cannot_be_written_end_a_training_in_one_line(tmp_path, monkeypatch):
+    """Without the traceback of TensorBoard's thread, which pytest would report."""
+    real, events = RecordWriter.write, []
+
+    def full(self, data):
+        events.append(data)
+        if len(events) > 1:  # after the version of the file
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    settings, hook = PretrainSettings(updates=100, batch_size=8, checkpoint_every=10), threading.excepthook
+    with pytest.raises(FileError, match=r"cannot write curves to .*tensorboard/pretrained \(No space left on device\)"):
+        pretrain(TASK, load_data(TASK), settings, tmp_path)
+    assert threading.excepthook is hook
+    assert read_checkpoint(tmp_path / "pretrained.checkpoint.safetensors")["done"] > 0
 
 
 def test_a_training_into_a_folder_in_use_is_refused(locked):

@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "unlearn_gym"
 LAYERS = {
-    "errors": 0, "files": 0, "values": 0, "memory": 0, "interrupts": 0, "processes": 0, "locks": 0, "engines": 0,
-    "torch_state": 0, "diffusion": 1, "models": 1, "siss": 1, "settings": 1, "elbo": 1, "sfd": 1, "families": 1,
-    "tasks": 2,
+    "errors": 0, "files": 0, "values": 0, "memory": 0, "interrupts": 0, "curves": 0, "processes": 0, "locks": 0,
+    "engines": 0, "torch_state": 0, "diffusion": 1, "models": 1, "siss": 1, "settings": 1, "elbo": 1, "sfd": 1,
+    "families": 1, "tasks": 2,
     "step": 3, "objectives": 3, "run": 3, "stacked": 3, "instances": 3, "pretraining": 3, "distillation": 3,
     "train_classifier": 3,
     "calibration": 4, "envs": 4, "policies": 5, "evaluation": 6, "shipped": 7,

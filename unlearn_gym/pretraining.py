@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from unlearn_gym.curves import curve_errors
 from unlearn_gym.errors import WeightsError, shown
 from unlearn_gym.families import family_of
 from unlearn_gym.files import sha256, write_json
@@ -203,7 +204,8 @@ def _pretrain(
     if checkpoint.is_file():
         training.load(checkpoint)
     started, start_update, running = time.perf_counter(), training.done, 0.0
-    with SummaryWriter(str(out / "tensorboard" / name), purge_step=training.done) as writer:
+    curves = out / "tensorboard" / name
+    with curve_errors(curves), SummaryWriter(str(curves), purge_step=training.done) as writer:
         while training.done < settings.updates:
             loss = training.update()
             running += float(loss)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from unlearn_gym.curves import curve_errors
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.errors import WeightsError
 from unlearn_gym.evaluation.episode import policy_context, run_episode
@@ -136,7 +137,7 @@ def write_curves(folder: Path, cell: dict[str, Any]) -> None:
         old.unlink()
     if "trace" not in cell:
         return
-    with SummaryWriter(str(folder)) as writer:
+    with curve_errors(folder), SummaryWriter(str(folder)) as writer:
         for name, values in cell["trace"].items():
             for step, value in enumerate(values, start=1):
                 if value is not None:
