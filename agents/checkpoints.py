@@ -14,7 +14,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from unlearn_gym.errors import SettingsError, describe_validation_error, error_line
-from unlearn_gym.files import sha256, write_json
+from unlearn_gym.files import replacing, sha256, write_json
 
 BUFFER_ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 
@@ -34,8 +34,8 @@ class Counters(BaseModel):
 
 def save_checkpoint(agent: Any, folder: Path) -> None:
     """``agent.zip``, ``counters.json`` and, of an algorithm with a replay buffer, ``replay.npz`` in ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    agent.save(folder / "agent.zip")
+    with replacing(folder / "agent.zip") as file:
+        agent.save(file)
     state = Counters(
         num_timesteps=agent.num_timesteps,
         n_updates=agent._n_updates,
@@ -46,7 +46,8 @@ def save_checkpoint(agent: Any, folder: Path) -> None:
     buffer = getattr(agent, "replay_buffer", None)
     if isinstance(buffer, ReplayBuffer):
         arrays = {name: getattr(buffer, name) for name in BUFFER_ARRAYS if hasattr(buffer, name)}
-        np.savez_compressed(folder / "replay.npz", position=[buffer.pos, buffer.full], **arrays)
+        with replacing(folder / "replay.npz") as file:
+            np.savez_compressed(file, position=[buffer.pos, buffer.full], **arrays)
 
 
 def restore_checkpoint(agent: BaseAlgorithm, folder: Path, digest: str) -> None:

@@ -137,7 +137,7 @@ def test_files_have_the_permissions_of_the_umask(tmp_path):
 
 PLAIN_WRITING = re.compile(
     r"\.write_text\(|\.write_bytes\(|save_file\(|shutil\.copy|\bopen\([^)]*[\"'][wax]b?[\"']|os\.replace|"
-    r"savefig\((path|out)|\.save\((path|out|checkpoint /)|savez\w*\((path|out|archive|checkpoint /)"
+    r"savefig\((path|out)|\.save\((path|out|folder|checkpoint)\b|savez\w*\((path|out|folder|archive|checkpoint)\b"
 )
 
 
