@@ -212,6 +212,24 @@ def test_results_of_the_wrong_shape_are_refused_in_one_line_or_harmless(finished
     assert refused > 75
 
 
+@pytest.mark.parametrize(
+    ("path", "new"),
+    [
+        (("metrics", "retain_loss"), 0), (("profile", 0), GONE), (("pictures",), {"a": []}), (("pictures",), None),
+        (("pictures", "forget", "shape", 0), 10**12), (("pictures", "forget", "data"), "x"),
+        (("pictures", "forget_hits"), [10**6]), (("metrics", "forget_loss"), GONE), (("seed",), -1),
+    ],
+)  # fmt: skip
+def test_what_would_break_a_report_is_refused(path, new, finished, tmp_path):
+    raw = json.loads((finished[1] / "results.json").read_bytes())
+    del raw["checksum"]
+    for cell in raw["cells"]:
+        del cell["checksum"]
+    (tmp_path / "results.json").write_text(json.dumps(damaged(raw, ("cells", 0, *path), new)))
+    with pytest.raises(ResultsError, match="is damaged"):
+        load_results(tmp_path)
+
+
 def test_no_changed_value_of_a_results_file_is_believed(finished, tmp_path):
     raw = json.loads((finished[1] / "results.json").read_bytes())
     for path in random.Random(1).sample([p for p in places(raw) if len(p) > 1], 40):

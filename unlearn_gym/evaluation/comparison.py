@@ -256,7 +256,7 @@ def _run_comparison(
         "format": CELL_FORMAT,
         "comparison": asdict(comparison), **_provenance(comparison, command), "cells": [found[name] for name in cells]
     }  # fmt: skip
-    for cell in before:
+    for cell in (cell for cell in before if cell.get("key") is not None):
         if found.get((cell["policy"], cell["seed"]), {}).get("key") != cell.get("key"):
             store.write(cell)
     write_results(out / "results.json", raw)

@@ -62,6 +62,8 @@ class Samples(Record):
 class Pictures(Record):
     """Samples for the report, and which of the forget ones show forget data; all or none of them."""
 
+    model_config = ConfigDict(strict=True, extra="forbid")
+
     forget: Samples | None = None
     quality: Samples | None = None
     forget_hits: list[int] | None = None
@@ -114,6 +116,8 @@ class CellRecord(Record):
     def _fits_together(self) -> Self:
         if not self.diverged and any(self.metrics.get(name) is None for name in NEEDED_METRICS):
             raise ValueError(f"metrics lack {' or '.join(sorted(NEEDED_METRICS))}")
+        if self.metrics.get("retain_loss") == 0:
+            raise ValueError("retain_loss is 0, which no model's is")
         kind, _, value = self.policy.partition(":")
         if kind == "static":
             float(value)
@@ -178,7 +182,9 @@ class ResultsRecord(Record):
     cells: list[CellRecord]
 
     @model_validator(mode="after")
-    def _known_settings(self) -> Self:
+    def _fits_together(self) -> Self:
+        if len({len(cell.profile) for cell in self.cells if cell.profile}) > 1:
+            raise ValueError("profiles of cells differ in length")
         try:
             RunSettings(**self.settings)
         except ValidationError as error:
