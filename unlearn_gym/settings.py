@@ -180,8 +180,8 @@ class RunSettings(Checked):
         """Of a dict, as JSON or Python has it, its sorted pairs: settings are hashed."""
         try:
             pairs = value.items() if isinstance(value, dict) else value
-            # JSON has texts for keys
-            found = [(int(old) if isinstance(old, str) else old, new) for old, new in pairs or ()]
+            # JSON has texts for keys, and who writes those may write the others so
+            found = [tuple(int(x) if isinstance(x, str) else x for x in (old, new)) for old, new in pairs or ()]
             return None if value is None else tuple(sorted(found))
         except (TypeError, ValueError):
             raise ValueError(
