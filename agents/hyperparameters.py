@@ -1,4 +1,4 @@
-"""What each algorithm takes from a config file, and in which range: stable-baselines3 itself accepts most of it."""
+"""What each algorithm takes from a config file, and in which range: stable-baselines3 itself checks few."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unlearn_gym.policies.sb3_file import NetworkArguments
 
 def _number(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("give a number; YAML reads 1e-3 as text and 1.0e-3 as a number")
+        raise ValueError("give a number, without quotation marks")
     return value
 
 

@@ -12,14 +12,14 @@ import tyro
 from pydantic import ValidationError
 
 from unlearn_gym.errors import UnlearnGymError, check_texts, describe_validation_error, line_with_log, one_line
-from unlearn_gym.interrupts import INTERRUPTED, begun
+from unlearn_gym.interrupts import INTERRUPTED, restore_interrupts
 from unlearn_gym.processes import Terminated, signals_as_interrupts
 
 
 def run_command(name: str, function: Callable[..., Any]) -> None:
     """Run ``function`` with the arguments of the command line."""
     try:
-        begun()
+        restore_interrupts()
         check_texts(sys.argv)
         with signals_as_interrupts():
             tyro.cli(function, description=function.__doc__)

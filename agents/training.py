@@ -180,7 +180,7 @@ def read_stages(plan: Plan, folder: Path) -> list[dict[str, Any]]:
     remedy = "choose another --out or delete it"
     content = read_json_as(path, Progress, SettingsError, remedy)
     if content.checksum not in (None, content.digest()):
-        raise SettingsError(f"{path} is damaged (it does not fit its checksum); {remedy}")
+        raise SettingsError(f"{path} is damaged (it does not match its checksum); {remedy}")
     differing = [key for key, value in plan.as_json().items() if content.plan.get(key) != value]
     if differing:
         raise SettingsError(f"{folder} holds a training with another {', '.join(differing)}; choose another --out")

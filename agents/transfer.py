@@ -183,7 +183,7 @@ def _read_scores(path: Path) -> dict[str, Score]:
     remedy = "it holds no scores to go on from: choose another --out or delete it"
     found = read_json_as(path, Scores, ResultsError, remedy)
     if found.checksum is not None and found.checksum != _checksum(found.scores):
-        raise ResultsError(f"{path} is damaged (its scores do not fit their checksum); {remedy}")
+        raise ResultsError(f"{path} is damaged (its scores do not match their checksum); {remedy}")
     return found.scores
 
 

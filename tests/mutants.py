@@ -143,7 +143,7 @@ MUTANTS = [
     Mutant("runs-go-on-after-divergence", "evaluation/matched.py", "            break\n        points.append", "            continue\n        points.append", "statistics"),
     Mutant("levels-evenly-apart", "evaluation/matched.py", "start * (cap / start) ** share", "start + (cap - start) * share", "statistics"),
 ]  # fmt: skip
-"""Of mutants that differ in kind; those that change nothing that can be seen are not listed."""
+"""One mutant for each kind of fault; mutants without an observable effect are omitted."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

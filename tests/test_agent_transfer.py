@@ -124,7 +124,7 @@ def test_no_changed_score_is_believed(tmp_path):
     content = json.loads(path.read_text())
     next(iter(content["scores"].values()))["forgotten"] += 1.0
     path.write_text(json.dumps(content))
-    with pytest.raises(ResultsError, match="do not fit their checksum"):
+    with pytest.raises(ResultsError, match="do not match their checksum"):
         transfer(("prior",), **arguments)
 
 

@@ -165,9 +165,9 @@ def test_every_task_is_listed_with_what_is_there(monkeypatch, capsys, tmp_path):
     rows = {row.split()[0]: row.splitlines() for row in re.split(r"\n(?=\S)", text)}
     assert set(rows) >= registry.SHELL_TASKS
     assert [line.split()[-1] for line in rows["gaussians-2d"]] == ["weights", "constants", "oracle"]
-    assert " ".join(rows["mine"][0].split()) == "mine points: forget the bare nothing"
+    assert " ".join(rows["mine"][0].split()) == "mine points: forget the bare none"
     for name in registry.SHELL_TASKS:
-        row = " ".join(line[: text.splitlines()[0].index("there")] for line in rows[name])
+        row = " ".join(line[: text.splitlines()[0].index("present")] for line in rows[name])
         assert row.split()[1:] == get_task(name).description.split()
 
 

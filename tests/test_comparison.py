@@ -19,7 +19,7 @@ from unlearn_gym.evaluation import tables
 from unlearn_gym.evaluation.cell import FINETUNE, ORACLE, UNTOUCHED, pack_samples, unpack_samples
 from unlearn_gym.evaluation.comparison import Comparison, default_policies, run_comparison
 from unlearn_gym.evaluation.judge import EvaluationSettings
-from unlearn_gym.evaluation.records import ResultsRecord, signed
+from unlearn_gym.evaluation.records import ResultsRecord, with_checksum
 from unlearn_gym.evaluation.report import verdict, write_report
 from unlearn_gym.evaluation.results import CELL_FORMAT, Results, load_results, merge_results
 from unlearn_gym.evaluation.store import CellStore
@@ -122,7 +122,7 @@ def test_no_changed_value_of_a_cell_is_believed(unfinished):
 
 def test_a_cell_of_another_run_in_its_place_is_not_believed(unfinished):
     path, whole = written_cell(unfinished)
-    signed_anew = signed({k: v for k, v in whole.items() if k != "checksum"} | {"seed": 7})
+    signed_anew = with_checksum({k: v for k, v in whole.items() if k != "checksum"} | {"seed": 7})
     path.write_text(json.dumps(signed_anew))
     store = CellStore(unfinished / "cells")
     assert store.read(whole["policy"], whole["seed"], whole["key"]) is None
@@ -156,7 +156,7 @@ def test_one_damaged_run_of_a_results_file_costs_that_run_alone(finished, tmp_pa
     raw = json.loads((finished[1] / "results.json").read_bytes())
     raw["cells"][-1]["metrics"]["forget_loss"] += 1
     (tmp_path / "results.json").write_text(json.dumps(raw))
-    with pytest.raises(ResultsError, match=rf"{raw['cells'][-1]['policy']} at seed 1 does not fit its checksum"):
+    with pytest.raises(ResultsError, match=rf"{raw['cells'][-1]['policy']} at seed 1 does not match its checksum"):
         load_results(tmp_path)
     results = run_comparison(small(), tmp_path)
     assert results.cells[:-1] == finished[0].cells[:-1]

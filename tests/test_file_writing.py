@@ -253,7 +253,7 @@ def test_no_changed_bit_of_a_checkpoint_is_believed(tmp_path):
             found = read_checkpoint(path)  # where the bit was in the header's blanks
             assert all(torch.equal(v, tensors[k]) for k, v in found.items())
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(WeightsError, match="do not fit its checksum"):
+    with pytest.raises(WeightsError, match="do not match its checksum"):
         read_checkpoint(path)
     save_weights(path, tensors)
     with pytest.raises(WeightsError, match="older version"):

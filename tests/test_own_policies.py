@@ -73,7 +73,7 @@ def play(spec: str):
 @pytest.mark.parametrize(
     ("place", "where"),
     [
-        ("init", r"making it, by Mine\(\), raised"),
+        ("init", r"constructing Mine\(\) raised"),
         ("reset", r"reset\(seed=5\) raised"),
         ("act", "act at step 3 of seed 5 raised"),
         ("update", "update at step 2 of seed 5 raised"),

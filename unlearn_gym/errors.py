@@ -58,7 +58,7 @@ def check_texts(texts: Iterable[str]) -> None:
     """Raise :class:`SettingsError` for a text that is not UTF-8: no file of results could hold it."""
     for text in texts:
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise SettingsError(f"the argument {shown(text)} is not UTF-8; write it in that, or rename the file")
+            raise SettingsError(f"the argument {shown(text)} is not UTF-8; re-encode it as UTF-8, or rename the file")
 
 
 class UnlearnGymError(Exception):
@@ -80,7 +80,7 @@ class SettingsError(UnlearnGymError, ValueError):
 
 
 class UnknownOptionError(SettingsError, TypeError):
-    """An option that does not exist, in Python's words: wrappers that try options out, as TorchRL's, read them."""
+    """An option that does not exist; worded like Python's TypeError, because wrappers such as TorchRL's parse it."""
 
 
 class TaskError(UnlearnGymError, LookupError):

@@ -27,8 +27,8 @@ LONGEST_STEM = 100
 def replacing(path: Path) -> Iterator[BufferedWriter]:
     """A new binary file, seekable, that takes the place of ``path`` when the block ends without an exception.
 
-    Its temporary name is of its own, in the same folder, and opened exclusively, so writers of one path do not meet
-    and a symbolic link that stands in the way is not followed; one that stands at ``path`` is replaced by the file.
+    The temporary file has a random name in the same folder and is opened exclusively: concurrent writers do not
+    collide, and no symbolic link is followed. A link at ``path`` itself is replaced by the file.
     After an exception ``path`` is what it was, and nothing else is left. Raises :class:`FileError` for what the
     operating system refuses, such as a full disk, and where ``path`` is a folder or a device.
     """
@@ -140,7 +140,7 @@ LARGEST_YAML = 2**20
 MOST_NODES = 100_000
 """Values that a YAML file may hold once its aliases are written out."""
 DEEPEST = 64
-"""Levels that a YAML file may nest; Python's own limit for JSON is some hundred."""
+"""Levels that a YAML file may nest; Python's JSON parser allows just under a thousand."""
 
 
 def read_json(path: Path) -> Any:
@@ -185,7 +185,9 @@ def _read_bytes(path: Path, limit: int) -> bytes:
     with path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise FormatError(f"it has more than {limit:,} bytes, the most that is read; it cannot be meant")
+        raise FormatError(
+            f"it has more than {limit:,} bytes, the largest size that is read; check that it is the right file"
+        )
     return content
 
 
@@ -199,7 +201,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise FormatError(f"{name} is no JSON; give a finite number, or null")
+    raise FormatError(f"{name} is not valid JSON; give a finite number, or null")
 
 
 class CheckedLoader(yaml.SafeLoader):

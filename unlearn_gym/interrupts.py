@@ -16,8 +16,8 @@ INTERRUPTED = 130
 def command_name(argv0: str, original: list[str]) -> str | None:
     """The command that ``sys.argv[0]`` and ``sys.orig_argv`` begin, such as ``agents.tune``; None for other programs.
 
-    Of the latter, as worker processes are given the ``sys.argv`` of their parent; the former is ``-m`` while Python
-    still looks for the module.
+    ``sys.orig_argv`` decides, because workers inherit their parent's ``sys.argv``. ``sys.argv[0]`` is ``-m`` while
+    Python still locates the module.
     """
     if len(original) > 1 and Path(original[1]).name == "unlearn-gym":
         return "unlearn-gym"
@@ -42,7 +42,7 @@ def quiet_until_begun() -> None:
         signal.signal(signal.SIGINT, _leave)
 
 
-def begun() -> None:
+def restore_interrupts() -> None:
     """The command itself begins: Ctrl-C is a KeyboardInterrupt again."""
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)

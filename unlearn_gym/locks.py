@@ -68,7 +68,7 @@ def _take(folder: Path) -> int:
         try:
             _lock(descriptor, folder)
             if _is_still(path, descriptor):
-                _sign(descriptor)
+                _write_holder(descriptor)
                 return descriptor
         except BaseException:
             os.close(descriptor)
@@ -94,7 +94,7 @@ def _open(path: Path) -> int:
             ) from None
 
 
-def _sign(descriptor: int) -> None:
+def _write_holder(descriptor: int) -> None:
     """Say in the file who holds the lock; on a full disk it is held all the same."""
     now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
     holder = Holder(pid=os.getpid(), host=socket.gethostname(), since=now)

@@ -24,7 +24,7 @@ def check_memory(needed: int, what: str, device: str = "cpu") -> None:
     has = total_memory(device)
     if needed > has:
         raise SettingsError(
-            f"{what} needs about {_gib(needed)} GiB of memory, and {device!r} has {_gib(has)}; take less"
+            f"{what} needs about {_gib(needed)} GiB of memory, and {device!r} has {_gib(has)}; choose smaller sizes"
         )
 
 

@@ -12,8 +12,8 @@ from multiprocessing import resource_tracker
 from types import FrameType
 from typing import NoReturn
 
-ENDING_SIGNALS = ("SIGTERM", "SIGHUP")
-SECONDS_BETWEEN_LOOKS = 1.0
+TERMINATION_SIGNALS = ("SIGTERM", "SIGHUP")
+POLL_SECONDS = 1.0
 
 
 class Terminated(KeyboardInterrupt):
@@ -29,11 +29,11 @@ class Terminated(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def signals_as_interrupts() -> Iterator[None]:
-    """Raise :class:`Terminated` in the main thread when one of ``ENDING_SIGNALS`` comes; repeated ones are ignored.
+    """Raise :class:`Terminated` in the main thread when one of ``TERMINATION_SIGNALS`` comes; repeats are ignored.
 
     Signals for which something else is in place, as ``nohup`` has it for SIGHUP, are left to it.
     """
-    numbers = [getattr(signal, name) for name in ENDING_SIGNALS if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in TERMINATION_SIGNALS if hasattr(signal, name)]
     numbers = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
     if threading.current_thread() is not threading.main_thread():
         numbers = []  # only the main thread may set handlers
@@ -64,7 +64,7 @@ def follow_parent(parent: int) -> None:
 @contextlib.contextmanager
 def interrupts_blocked() -> Iterator[None]:
     """Processes that are started here get no interrupt before they have come to :func:`follow_parent`."""
-    resource_tracker.ensure_running()  # its start, which any process's start may bring about, lets interrupts through
+    resource_tracker.ensure_running()  # starting it, which any process's start may do, unblocks interrupts
     _mask("SIG_BLOCK")
     try:
         yield
@@ -79,5 +79,5 @@ def _mask(how: str) -> None:
 
 def _watch(parent: int) -> None:
     while os.getppid() == parent:
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        time.sleep(POLL_SECONDS)
     os._exit(1)

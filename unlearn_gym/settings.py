@@ -34,8 +34,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lambda_min": 0.0, "lambda_init": 0.01,
     },
 }  # fmt: skip
-"""What ``preset=`` stands for: updates as public code makes them, see ``docs/objectives.md``. Options given beside a
-preset go before it; the size of the run (``batch_size``, ``learning_rate``, ``horizon``) is not part of one."""
+"""What ``preset=`` stands for: updates as public code makes them, see ``docs/objectives.md``. Options given
+alongside a preset override it. The size of the run (``batch_size``, ``learning_rate``, ``horizon``) is part of none."""
 
 
 LONGEST_HORIZON = 1_000_000
@@ -61,9 +61,9 @@ class RunSettings(Checked):
     ``preset="siss-code"``, to be given where settings are, as in ``gym.make`` (:data:`PRESETS`; ``"sfd-code"`` is
     the public score forgetting distillation's).
 
-    ``loss_reduction``: ``"mean"`` takes errors as means over the D pixels of a sample, ``"sum"`` as sums. Losses and
-    gradients are then D times larger, and with them what ``forget_grad_norm``, ``max_grad_norm``, ``max_grad_value``,
-    the reward ``"siss"`` and Adam's ε (1e-8) are measured against.
+    ``loss_reduction``: ``"mean"`` takes errors as means over the D pixels of a sample, ``"sum"`` as sums. Sums
+    make losses and gradients D times larger: scale ``forget_grad_norm``, ``max_grad_norm`` and ``max_grad_value``
+    accordingly. Adam's ε (1e-8) and the reward ``"siss"`` are not adjusted.
 
     ``forget_grad_rule``: ``"loss"`` uses the gradient of L_SISS as it is, ``"fixed_norm"`` rescales the forget
     gradient to ``forget_grad_norm``, ``"relative_norm"`` to ``forget_grad_norm`` times the retain gradient's
@@ -104,18 +104,24 @@ class RunSettings(Checked):
     )
     forget_grad_rule: Literal["loss", "fixed_norm", "relative_norm"] = Field(
         "relative_norm",
-        description="what becomes of the forget gradient: used as it is, or rescaled to `forget_grad_norm`, or to so "
-        "many times the retain gradient's norm",
+        description="what becomes of the forget gradient: used as it is, or rescaled to `forget_grad_norm`, or to "
+        "`forget_grad_norm` times the retain gradient's norm",
     )
-    forget_grad_norm: float = Field(0.5, ge=0, description="the norm that both norm rules rescale to")
+    forget_grad_norm: float = Field(
+        0.5,
+        ge=0,
+        description="`fixed_norm`: the forget gradient's new norm; `relative_norm`: its ratio to the retain's",
+    )
     forget_scale: float = Field(1.0, ge=0, description="1 + s: weight of the forget term")
     grad_norms: str = Field("exact", description="both gradient norms in every update, or (`every:k`) in every k-th")
     skip_zero_weights: bool = Field(
         True, description="on a CPU, samples of weight 0 get no backward pass, which would change nothing"
     )
-    max_grad_norm: float | None = Field(1.0, gt=0, description="the whole gradient is clipped to this norm; None: not")
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="the whole gradient is clipped to this norm; `null`: no clipping"
+    )
     max_grad_value: float | None = Field(
-        None, gt=0, description="then each of its entries is clipped to ± this; None: not"
+        None, gt=0, description="then each of its entries is clipped to ± this; `null`: no clipping"
     )
     optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="torch's, without weight decay")
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -127,7 +133,7 @@ class RunSettings(Checked):
     lambda_min: float = Field(0.1, ge=0, le=1, description="smallest λ that may be chosen")
     lambda_max: float = Field(0.9, ge=0, le=1, description="largest λ that may be chosen")
     lambda_init: float = Field(0.5, ge=0, le=1, description="the λ before the first step, within both")
-    smoothness_coef: float = Field(0.1, ge=0, description="what the reward takes for (λ_t - λ_{t-1})²")
+    smoothness_coef: float = Field(0.1, ge=0, description="weight of the penalty (λ_t - λ_{t-1})² in the reward")
     features: Literal["lagged", "fresh"] = Field(
         "lagged", description="an observation shows what the last update measured, or unweighted terms of a new batch"
     )
@@ -239,7 +245,7 @@ class RunSettings(Checked):
         return int(self.grad_norms.removeprefix("every:")) if self.grad_norms != "exact" else 1
 
     def override(self, **options: Any) -> RunSettings:
-        """A copy with ``options`` replaced, and with what a ``preset`` among them stands for beneath them.
+        """A copy with ``options`` replaced. A ``preset`` is expanded first; explicit options override it.
 
         Raises :class:`SettingsError` for a bad name or value.
         """

@@ -46,7 +46,10 @@ class StepTerms:
     lambda_: Annotated[float, "λ of the update"]
     retain_loss: Annotated[float, "c_r times the batch's mean of the weighted errors on retain samples"]
     forget_loss: Annotated[float, "c_f times the batch's mean of the weighted errors on forget samples"]
-    siss_loss: Annotated[float, "what is minimised, whatever the objective"]
+    siss_loss: Annotated[
+        float,
+        "the total loss that the objective reports; rescaling (`forget_grad_rule`) and `sfd`'s surrogate are not in it",
+    ]
     retain_grad_norm: Annotated[float, "norm of the gradient of `retain_loss`, before rescaling and clipping"]
     forget_grad_norm: Annotated[float, "norm of the gradient of `forget_loss`, before rescaling and clipping"]
     forget_multiplier: Annotated[float, "factor that the forget gradient got (`forget_grad_rule`)"]

@@ -16,12 +16,12 @@ from unlearn_gym.errors import ActionError, shown
 
 
 def is_whole(value: Any) -> TypeGuard[int]:
-    """Whether ``value`` is a whole number, Python's or numpy's: ``True`` is none."""
+    """Whether ``value`` is a whole number, Python's or numpy's: ``True`` does not count."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_real(value: Any) -> TypeGuard[float]:
-    """Whether ``value`` is a real number, Python's or numpy's: ``True`` is none."""
+    """Whether ``value`` is a real number, Python's or numpy's: ``True`` does not count."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 

@@ -10,7 +10,7 @@ import tyro
 
 from unlearn_gym import __version__
 from unlearn_gym.cli import assets, evidence, reference
-from unlearn_gym.interrupts import INTERRUPTED, begun
+from unlearn_gym.interrupts import INTERRUPTED, restore_interrupts
 from unlearn_gym.processes import Terminated, signals_as_interrupts
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -44,7 +44,7 @@ def main() -> None:
         print(f"unlearn-gym {__version__}")
         return
     try:
-        begun()
+        restore_interrupts()
         check_texts(sys.argv)
         with signals_as_interrupts():
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="unlearn-gym", description=DESCRIPTION)

@@ -21,8 +21,8 @@ def tasks() -> None:
     for task in map(get_task, sorted(SHELL_TASKS)):
         files = {"weights": task.pretrained_path, "constants": task.constants_path, "oracle": task.oracle_path}
         there = [name for name, path in files.items() if path.is_file()]
-        rows.append([task.name, task.description, "\n".join(there) or "nothing"])
-    show(["task", "model, data, and what is forgotten", "there"], rows, prose=1)
+        rows.append([task.name, task.description, "\n".join(there) or "none"])
+    show(["task", "model, data, and what is forgotten", "present"], rows, prose=1)
     families = ", ".join(family_names())
     print(f"{families}: a colon and numbers name other classes to forget, as in 'gaussians-2d:1,3'.")
 
@@ -38,10 +38,7 @@ def options_page() -> str:
         [f"`{name}`", f"`{_text(schema['default'])}`", _values(schema), schema["description"]]
         for name, schema in properties.items()
     ]
-    keys = [
-        ["".join(f'["{part}"]' for part in key.path).join("``"), key.where or "reset, step", key.meaning]
-        for key in (*INFO_KEYS, *VECTOR_KEYS)
-    ]
+    keys = [[f"`{'.'.join(key.path)}`", key.where or "reset, step", key.meaning] for key in (*INFO_KEYS, *VECTOR_KEYS)]
     presets = [[f"`{name}`", _assignments(values)] for name, values in PRESETS.items()]
     return PAGE.format(
         presets=markdown_table(["preset", "stands for"], presets),
@@ -95,15 +92,19 @@ Made by `unlearn-gym options`.
 ## Options of a run
 
 On the command line `--option NAME=VALUE`, repeated, with values as below; in Python arguments of `gym.make` and
-`gym.make_vec`, where `null` is `None`. They are the fields of [RunSettings](environment.md#settings), which says more
-of some. A task's own defaults, below, go before these.
+`gym.make_vec`, where `null` is `None`. They are the fields of [RunSettings](environment.md#settings), which explains
+some in more detail. A task's own defaults, below, override these.
 
 {options}
 
+## Defaults of tasks
+
 {tasks}
 
-`preset=NAME` stands for several at once, to make updates as public code does ([objectives](objectives.md)); options
-given beside it go before it.
+## Presets
+
+`preset=NAME` stands for several options at once, to make updates as public code does ([objectives](objectives.md)).
+Options given alongside a preset override it.
 
 {presets}
 

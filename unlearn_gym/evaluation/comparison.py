@@ -32,7 +32,7 @@ from unlearn_gym.evaluation.cell import (
 )
 from unlearn_gym.evaluation.episode import policy_context, run_episode
 from unlearn_gym.evaluation.judge import EvaluationSettings, Judge
-from unlearn_gym.evaluation.records import read_cells, signed, write_results
+from unlearn_gym.evaluation.records import read_cells, with_checksum, write_results
 from unlearn_gym.evaluation.results import CELL_FORMAT, Results
 from unlearn_gym.evaluation.store import CellStore
 from unlearn_gym.files import sha256
@@ -246,7 +246,7 @@ def _run_comparison(
     with contextlib.closing(run_calls(engine, _run_keyed, calls, jobs, _cell_name)) as ran:
         for fresh in ran:
             model = fresh.pop("model", None)
-            cell = found[fresh["policy"], fresh["seed"]] = signed(fresh)
+            cell = found[fresh["policy"], fresh["seed"]] = with_checksum(fresh)
             if model is not None:
                 store.write_model(cell, model)
             write_curves(out / "tensorboard" / store.path(cell["policy"], cell["seed"], cell["key"]).stem, cell)

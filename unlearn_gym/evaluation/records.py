@@ -30,7 +30,7 @@ class Record(BaseModel):
 
     @model_validator(mode="after")
     def _not_null(self) -> Self:
-        """What a cell need not have is missing there, never null."""
+        """Optional fields are omitted, never null."""
         for name in ("trace", "probe", "pictures"):
             if name in self.model_fields_set and getattr(self, name) is None:
                 raise ValueError(f"{name} is null")
@@ -73,7 +73,7 @@ class Pictures(Record):
         if len({value is None for value in (self.forget, self.quality, self.forget_hits)}) > 1:
             raise ValueError("samples of one kind are missing")
         if self.forget and not all(0 <= hit < self.forget.shape[0] for hit in self.forget_hits or ()):
-            raise ValueError("forget_hits are no numbers of samples")
+            raise ValueError("forget_hits contains indices out of range")
         return self
 
 
@@ -117,7 +117,7 @@ class CellRecord(Record):
         if not self.diverged and any(self.metrics.get(name) is None for name in NEEDED_METRICS):
             raise ValueError(f"metrics lack {' or '.join(sorted(NEEDED_METRICS))}")
         if self.metrics.get("retain_loss") == 0:
-            raise ValueError("retain_loss is 0, which no model's is")
+            raise ValueError("retain_loss is 0, which is impossible")
         kind, _, value = self.policy.partition(":")
         if kind == "static":
             float(value)
@@ -192,35 +192,35 @@ class ResultsRecord(Record):
         return self
 
 
-def signed(record: dict[str, Any]) -> dict[str, Any]:
+def with_checksum(record: dict[str, Any]) -> dict[str, Any]:
     """The record with the checksum of all else that it holds; one that has a checksum is left as it is."""
     return record if CHECKSUM in record else {**record, CHECKSUM: checksum(record)}
 
 
-def is_as_written(record: dict[str, Any]) -> bool:
-    """Whether the record fits its checksum."""
+def matches_checksum(record: dict[str, Any]) -> bool:
+    """Whether the record matches its checksum."""
     try:
         return bool(record[CHECKSUM] == checksum({k: v for k, v in record.items() if k != CHECKSUM}))
     except (KeyError, ValueError):
         return False
 
 
-def fault(cell: Any, *, signature: bool = True) -> str | None:
-    """What is wrong with the content of a stored cell, which without ``signature`` need not have a checksum."""
+def fault(cell: Any, *, require_checksum: bool = True) -> str | None:
+    """What is wrong with the content of a stored cell, which needs a checksum only with ``require_checksum``."""
     try:
         CellRecord.model_validate(cell)
     except (ValidationError, RecursionError) as error:
         return describe_validation_error(error) if isinstance(error, ValidationError) else "it is nested too deeply"
-    if CHECKSUM not in cell and signature:
+    if CHECKSUM not in cell and require_checksum:
         return "it has no checksum, as an older version wrote it"
-    return "it does not fit its checksum" if CHECKSUM in cell and not is_as_written(cell) else None
+    return "it does not match its checksum" if CHECKSUM in cell and not matches_checksum(cell) else None
 
 
 def write_results(path: Path, raw: dict[str, Any]) -> None:
     """Write ``raw`` as a ``results.json`` with checksums, of each cell and of the whole."""
-    content = {**raw, "cells": [signed(cell) for cell in raw["cells"]]}
+    content = {**raw, "cells": [with_checksum(cell) for cell in raw["cells"]]}
     content.pop(CHECKSUM, None)
-    write_json(path, signed(content), indent=None)
+    write_json(path, with_checksum(content), indent=None)
 
 
 def read_results(path: Path, format_number: int) -> dict[str, Any]:
@@ -240,10 +240,10 @@ def read_results(path: Path, format_number: int) -> dict[str, Any]:
         ResultsRecord.model_validate(raw)
     except ValidationError as error:
         raise ResultsError(f"{path} is damaged ({describe_validation_error(error)}); {AGAIN}") from None
-    if CHECKSUM in raw and not is_as_written(raw):
-        wrong = [f"{c['policy']} at seed {c['seed']}" for c in raw["cells"] if not is_as_written(c)]
-        what = wrong[0] if wrong else "what stands beside the runs"
-        raise ResultsError(f"{path} is damaged ({what} does not fit its checksum); {AGAIN}")
+    if CHECKSUM in raw and not matches_checksum(raw):
+        wrong = [f"{c['policy']} at seed {c['seed']}" for c in raw["cells"] if not matches_checksum(c)]
+        what = wrong[0] if wrong else "the part outside the runs"
+        raise ResultsError(f"{path} is damaged ({what} does not match its checksum); {AGAIN}")
     return raw
 
 
@@ -258,7 +258,7 @@ def read_cells(path: Path, format_number: int) -> tuple[list[dict[str, Any]], st
     stored = raw.get("cells")
     if raw.get("format") != format_number or not isinstance(stored, list):
         return [], f"{path} holds no cells of format {format_number}"
-    faults = [fault(cell, signature=CHECKSUM in raw) for cell in stored]
+    faults = [fault(cell, require_checksum=CHECKSUM in raw) for cell in stored]
     sound = [cell for cell, wrong in zip(stored, faults, strict=True) if wrong is None]
     first = next((wrong for wrong in faults if wrong is not None), None)
     return sound, None if first is None else f"{len(stored) - len(sound)} runs in {path} are damaged ({first})"

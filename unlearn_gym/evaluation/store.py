@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from unlearn_gym.evaluation.records import fault, signed
+from unlearn_gym.evaluation.records import fault, with_checksum
 from unlearn_gym.files import read_json, write_bytes, write_json
 
 Cell = dict[str, Any]
@@ -63,4 +63,4 @@ class CellStore:
 
     def write(self, cell: Cell) -> None:
         """Keep a finished cell, with its checksum."""
-        write_json(self.path(cell["policy"], cell["seed"], cell["key"]), signed(cell), indent=None)
+        write_json(self.path(cell["policy"], cell["seed"], cell["key"]), with_checksum(cell), indent=None)

@@ -48,7 +48,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     found = tensors.pop(CHECKSUM, None)
     if found is None or not torch.equal(found, _digest(tensors)):
         raise WeightsError(
-            f"{path} is damaged or of an older version: its values do not fit its checksum; remove it to begin anew, "
+            f"{path} is damaged or of an older version: its values do not match its checksum; remove it to begin anew, "
             "or choose another --out"
         )
     return tensors

@@ -41,7 +41,7 @@ class AgentManifest(BaseModel):
 
 
 class ShippedManifest(AgentManifest):
-    """The manifest of an agent that ships: nothing that is shown of it is unknown."""
+    """The manifest of an agent that ships: every field that is displayed is required."""
 
     algorithm: str
     reward: str
@@ -54,7 +54,7 @@ class ShippedManifest(AgentManifest):
 
 
 def read_manifest(agent: Path) -> AgentManifest:
-    """The manifest of the agent in the file ``agent``; one that knows nothing where there is none.
+    """The manifest of the agent in the file ``agent``; an empty one if there is no file.
 
     Raises :class:`PolicyError` for a file of that name that is no manifest.
     """

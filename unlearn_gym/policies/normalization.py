@@ -108,7 +108,7 @@ def statistics_path(agent: Path) -> Path | None:
     """Where the statistics of the agent ``agent`` are: beside it, under the names of stable-baselines3 and of its
     checkpoints, or in the folder beside it where RL Baselines3 Zoo puts them; None where there are none.
 
-    An agent of ``agents.train``, which its manifest tells by its hash, was trained without.
+    Agents of ``agents.train`` are trained without them; they are recognised by the SHA-256 in their manifest.
     """
     if _is_of_agents_train(agent):
         return None

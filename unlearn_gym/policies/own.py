@@ -67,7 +67,7 @@ def load_own_policy(module: str, attribute: str) -> LambdaPolicy:
         close = difflib.get_close_matches(attribute, vars(holder), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise PolicyError(f"policy {name!r}: {module!r} has no {attribute!r}{hint}")
-    with blaming(name, f"making it, by {attribute}(),"):
+    with blaming(name, f"constructing {attribute}()"):
         if inspect.isclass(found):
             found = found()
         if isinstance(found, LambdaPolicy):

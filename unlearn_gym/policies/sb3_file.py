@@ -48,8 +48,8 @@ class PickleNeededError(PolicyError):
 def needs_pickles(path: Path, reason: str) -> PickleNeededError:
     """The error that says what is missing, and what opens the file all the same."""
     return PickleNeededError(
-        f"{path}: {reason}; opening its pickles would tell, but they can run any code: if you know where the file is "
-        "from, add --trust (in Python trust=True)"
+        f"{path}: {reason}; only its pickles could tell, and opening them can run any code: if you trust the file's "
+        "source, add --trust (in Python trust=True)"
     )
 
 

@@ -61,7 +61,8 @@ def save_model(model: nn.Module, task: Task, path: str | os.PathLike[str]) -> Pa
     layout, which its ``from_pretrained`` and :func:`unlearn_gym.tasks.diffusers_pipeline.diffusers_task` read; what
     embeds the labels for cross-attention is beside it as ``class_embedding.safetensors``.
 
-    Raises :class:`SettingsError` for another path, and for a folder that exists and is not empty.
+    Raises :class:`SettingsError` for a path without ``.safetensors`` unless the model is a network of diffusers, and
+    for a folder that exists and is not empty.
     """
     if not isinstance(path, str | os.PathLike):
         raise SettingsError(f"path={path!r} must be a path, as in 'unlearned.safetensors'")
@@ -92,7 +93,7 @@ def read_header(path: str | os.PathLike[str]) -> Header | None:
     except ValidationError as error:
         raise WeightsError(f"{path}: {describe_validation_error(error)}; save the model again") from None
     except ValueError as error:
-        raise WeightsError(f"{path} says {text[:40]!r} of itself ({error}); save the model again") from None
+        raise WeightsError(f"{path} has an invalid header {text[:40]!r} ({error}); save the model again") from None
 
 
 @insulated
