@@ -69,14 +69,14 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     ``gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))``.
 
     ## Observation Space
-    ``Box(float32, (6,))``, with the settings named below more:
+    ``Box(float32, (6,))``: six entries by default; some settings below add more:
 
     | Index | Observation | Min | Max |
     |---|---|---|---|
-    | 0 | retain loss L_retain | -5 | 5 |
-    | 1 | forget loss L_forget | -5 | 5 |
-    | 2 | norm of the retain gradient | -5 | 5 |
-    | 3 | norm of the forget gradient | -5 | 5 |
+    | 0 | log-ratio of the retain loss L_retain | -5 | 5 |
+    | 1 | log-ratio of the forget loss L_forget | -5 | 5 |
+    | 2 | log-ratio of the retain gradient's norm | -5 | 5 |
+    | 3 | log-ratio of the forget gradient's norm | -5 | 5 |
     | 4 | λ of the previous step | lambda_min | lambda_max |
     | 5 | progress t / horizon | 0 | 1 |
 
@@ -87,7 +87,7 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     With ``hybrid_coef`` above 0 the next entry is the norm of the direct gradient over the retain gradient's, as a
     logarithm in ±5. ``observation="extended"`` appends the groups of :data:`unlearn_gym.envs.features.GROUPS`, each 0
     at the start, in [-5, 5], measured on fixed samples and fixed noise, whatever ``normalize_features``;
-    ``observation_groups`` says where each is. Cost: by what it multiplies the time of a step on a CPU.
+    ``observation_groups`` says where each is. Cost: time of a step relative to one without the group, on a CPU.
 
     | group | entries | what | cost on ``gaussians-2d`` | cost on ``mnist-trousers`` |
     |---|---|---|---|---|
@@ -95,8 +95,8 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     | ``samples`` | F | mean classifier features of 16 samples, their change since the start | 1.46 | 2.44 |
     | ``distance`` | 1 | log(1 + 500 ‖θ − θ_0‖ / ‖θ_0‖) of the parameters θ | 1.02 | 1.01 |
 
-    The features' change is in their standard deviations at the start; F = 64 for MNIST, 2 for points, 0 without a
-    classifier.
+    The change of features is measured in units of their standard deviations at the start; F = 64 for MNIST, 2 for
+    points, 0 without a classifier.
 
     ## Rewards
     ``reward="siss"``: ``-L_SISS(λ_t) - smoothness_coef (λ_t - λ_{t-1})²``, as the paper has it. At
