@@ -14,14 +14,17 @@ import pytest
 
 from unlearn_gym.cli import COMMANDS, main
 from unlearn_gym.cli.arguments import parse_options
-from unlearn_gym.cli.evidence import print_tables
+from unlearn_gym.cli.evidence import _task_of, print_tables
 from unlearn_gym.cli.terminal import show
 from unlearn_gym.envs.infos import INFO_KEYS, VECTOR_KEYS
+from unlearn_gym.errors import WeightsError
 from unlearn_gym.evaluation.cell import REFERENCES
 from unlearn_gym.evaluation.results import Results, load_results
 from unlearn_gym.evaluation.tables import terminal
+from unlearn_gym.models.weights import save_weights
 from unlearn_gym.settings import PRESETS, RunSettings
 from unlearn_gym.tasks import get_task, register_task, registry
+from unlearn_gym.tasks.saving import save_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -169,6 +172,32 @@ def test_every_task_is_listed_with_what_is_there(monkeypatch, capsys, tmp_path):
     for name in registry.SHELL_TASKS:
         row = " ".join(line[: text.splitlines()[0].index("present")] for line in rows[name])
         assert row.split()[1:] == get_task(name).description.split()
+
+
+def test_a_file_of_weights_is_evaluated_on_its_own_task_or_on_a_given_one(tmp_path):
+    """Weights that do not say what they are of are not taken for those of the default task."""
+    task = get_task("gaussians-2d")
+    model, saved, bare = task.pretrained_model(), tmp_path / "saved.safetensors", tmp_path / "bare.safetensors"
+    save_model(model, task, saved)
+    save_weights(bare, model.state_dict())
+    assert _task_of(str(saved), None) == "gaussians-2d"
+    assert _task_of(str(saved), "gaussians-2d:0,4") == "gaussians-2d:0,4"
+    assert _task_of(str(bare), "gaussians-2d") == "gaussians-2d"
+    assert _task_of("oracle", None) == "mnist-trousers"
+    with pytest.raises(WeightsError, match="give --task"):
+        _task_of(str(bare), None)
+    with pytest.raises(WeightsError, match="says that it is of gaussians-2d, and --task is mnist-trousers"):
+        _task_of(str(saved), "mnist-trousers")
+
+
+def test_options_fit_a_terminal_and_are_markdown_in_a_pipe(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    text = re.sub(r"\x1b\[\d*m", "", printed("options", monkeypatch=monkeypatch, capsys=capsys))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "|" not in text
+    for name in RunSettings.model_fields:
+        assert re.search(rf"^{name} ", text, re.MULTILINE), name
 
 
 def test_the_page_of_options_is_that_of_the_code(monkeypatch, capsys):

@@ -129,9 +129,12 @@ def experiment(
 
 
 def evaluate(
-    weights: Annotated[str, tyro.conf.Positional],
+    weights: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(help="'untouched', 'oracle' or a .safetensors file of weights")
+    ],
     task: Annotated[
-        str | None, tyro.conf.arg(help="default: the file's own, where it says so, or mnist-trousers")
+        str | None,
+        tyro.conf.arg(help="needed for a file that no save() wrote; else that of the file, or mnist-trousers"),
     ] = None,
     forget_samples: ForgetSamples = 1000,
     quality_samples: QualitySamples = 1000,
@@ -142,17 +145,14 @@ def evaluate(
     threads: Threads = None,
 ) -> None:
     """Every metric of one model of a task: 'untouched', 'oracle', or a .safetensors file of its weights."""
-    from unlearn_gym.envs.siss_unlearn import DEFAULT_TASK
     from unlearn_gym.evaluation.catalogue import METRICS
     from unlearn_gym.evaluation.cell import final_model
     from unlearn_gym.evaluation.metrics import Evaluator
     from unlearn_gym.files import write_json
     from unlearn_gym.tasks import get_task, load_data
-    from unlearn_gym.tasks.saving import read_header
 
     set_threads(threads)
-    header = read_header(weights) if task is None and weights.endswith(".safetensors") else None
-    chosen = get_task(task or (header.task if header else DEFAULT_TASK))
+    chosen = get_task(_task_of(weights, task))
     settings = _evaluation(forget_samples, quality_samples, likelihood_samples, inception_weights)
     settings.validate()
     model = final_model(chosen, weights)
@@ -164,6 +164,23 @@ def evaluate(
         print(f"{name} not measured: {reason}")
     if out is not None:
         write_json(out, {"command": invocation(), "metrics": result.metrics, "absent": result.absent})
+
+
+def _task_of(weights: str, task: str | None) -> str:
+    """The task to evaluate ``weights`` on; :class:`WeightsError` where file and ``task`` disagree or say nothing."""
+    from unlearn_gym.envs.siss_unlearn import DEFAULT_TASK
+    from unlearn_gym.errors import WeightsError
+    from unlearn_gym.tasks.saving import read_header
+
+    if not weights.endswith(".safetensors"):
+        return task or DEFAULT_TASK
+    header = read_header(weights)
+    if task is None and header is None:
+        raise WeightsError(f"{weights} does not say which task it is of; give --task")
+    kinds = {name.partition(":")[0] for name in (task, header and header.task) if name}
+    if header is not None and len(kinds) > 1:
+        raise WeightsError(f"{weights} says that it is of {header.task}, and --task is {task}; leave --task out")
+    return task or (header.task if header else DEFAULT_TASK)
 
 
 def metrics() -> None:
@@ -190,7 +207,9 @@ def print_tables(results: Results) -> None:
 
     console = Console()
     table, title = terminal(results, intervals=True), "means over seeds, with 95 % intervals"
-    if len(fitted(console, *table)) > 1:
+    if len({cell["seed"] for cell in results.cells}) < 2:
+        title = "one seed, so no intervals"
+    elif len(fitted(console, *table)) > 1:
         table, title = terminal(results, intervals=False), "means over seeds; report.md has intervals and more metrics"
     show(*table, f"{results.task}: {title}")
     for line in [*verdict(results), *(f"Warning: {line}" for line in warnings(results))]:

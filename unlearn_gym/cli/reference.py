@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 
 def options() -> None:
-    """Print every --option with its default, and every key of info, as in docs/options.md."""
-    print(options_page(), end="")
+    """Print every --option with its default, and every key of info: in a pipe as in docs/options.md."""
+    if not sys.stdout.isatty():
+        print(options_page(), end="")
+        return
+    from unlearn_gym.cli.terminal import show
+
+    for title, (header, rows) in _tables().items():
+        plain = [[cell.replace("`", "") for cell in row] for row in rows]
+        if len(header) > 3:  # more columns than a terminal has room for
+            header = [*header[:2], "meaning"]
+            plain = [[name, default, f"{meaning} ({values})"] for name, default, values, meaning in plain]
+        show([name.replace("`", "") for name in header], plain, title, prose=len(header) - 1)
 
 
 def tasks() -> None:
@@ -29,8 +40,14 @@ def tasks() -> None:
 
 def options_page() -> str:
     """docs/options.md."""
-    from unlearn_gym.envs.infos import INFO_KEYS, VECTOR_KEYS
     from unlearn_gym.evaluation.tables import markdown_table
+
+    return PAGE.format(**{name: markdown_table(*table) for name, table in _tables().items()})
+
+
+def _tables() -> dict[str, tuple[list[str], list[list[str]]]]:
+    """Header and rows of each table, in Markdown."""
+    from unlearn_gym.envs.infos import INFO_KEYS, VECTOR_KEYS
     from unlearn_gym.settings import PRESETS, RunSettings
 
     properties = RunSettings.model_json_schema()["properties"]
@@ -40,12 +57,12 @@ def options_page() -> str:
     ]
     keys = [[f"`{'.'.join(key.path)}`", key.where or "reset, step", key.meaning] for key in (*INFO_KEYS, *VECTOR_KEYS)]
     presets = [[f"`{name}`", _assignments(values)] for name, values in PRESETS.items()]
-    return PAGE.format(
-        presets=markdown_table(["preset", "stands for"], presets),
-        options=markdown_table(["option", "default", "values", "meaning"], option_rows),
-        tasks=markdown_table(["task", "its own defaults"], _own_defaults()),
-        infos=markdown_table(["`info…`", "returned by", "meaning"], keys),
-    )
+    return {
+        "options": (["option", "default", "values", "meaning"], option_rows),
+        "tasks": (["task", "its own defaults"], _own_defaults()),
+        "presets": (["preset", "stands for"], presets),
+        "infos": (["`info…`", "returned by", "meaning"], keys),
+    }
 
 
 def _own_defaults() -> list[list[str]]:
