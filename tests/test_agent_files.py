@@ -6,6 +6,7 @@ import base64
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import os
 import pickle
@@ -205,6 +206,7 @@ def test_a_training_that_somebody_else_began_runs_no_code_when_it_goes_on(algori
         rewrite(path, policy__pth=(tmp_path / "evil.pth").read_bytes())
     progress = json.loads((folder / "progress.json").read_text())
     progress["stages"][-1]["sha256"] = sha256(path)
+    del progress["checksum"]
     (folder / "progress.json").write_text(json.dumps(progress))
     if entry == "data":
         train_agent(plan, folder, 32, callbacks=[], stage_done=lambda stage: None)
@@ -697,3 +699,53 @@ def test_the_word_of_the_command_line_reaches_the_policies(trust, tmp_path, monk
             main()
         assert ended.value.code == 130
     assert [(c.trust, c.spec("mine")) for c in seen] == [(trust, str(path))] * 2
+
+
+# --- what strangers' files may not do
+
+
+@pytest.mark.parametrize("bad", [torch.int64, torch.bool, torch.complex64, "nan", "huge"])
+def test_weights_that_are_no_usable_numbers_are_refused(bad, context, tmp_path):
+    path = saved(tmp_path / "agent.zip")
+    with zipfile.ZipFile(path) as archive:
+        weights = torch.load(io.BytesIO(archive.read("policy.pth")), weights_only=True)
+    name = "action_net.weight"
+    if isinstance(bad, torch.dtype):
+        weights[name] = weights[name].to(bad)
+    else:
+        weights[name] = torch.full_like(weights[name], 1e300 if bad == "huge" else np.nan, dtype=torch.float64)
+    content = io.BytesIO()
+    torch.save(weights, content)
+    rewrite(path, policy__pth=content.getvalue())
+    with pytest.raises(PolicyError, match="retrain or re-export"):
+        make_policy(str(path), context)
+
+
+def test_a_plain_text_of_a_huge_network_builds_none(context, tmp_path, monkeypatch):
+    """Shapes are compared before anything is allocated."""
+    path = rewrite(saved(tmp_path / "agent.zip"), data=edit(policy_kwargs={"net_arch": [4096] * 16}))
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *a, **k: pytest.fail("it was built"))
+    with pytest.raises(PolicyError, match="not those of the network"):
+        make_policy(str(path), context)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "policy"), [(PPO, "MlpPolicy"), (A2C, "MlpPolicy"), (RecurrentPPO, "MlpLstmPolicy")]
+)
+def test_an_agent_that_learned_under_vecnormalize_is_refused_without_its_statistics(
+    algorithm, policy, context, tmp_path
+):
+    """Nothing beside the zip says so; the zip itself does."""
+    env = VecNormalize(DummyVecEnv([rescaled]))
+    agent = algorithm(policy, env, device="cpu", n_steps=8)
+    agent.learn(8)
+    path = tmp_path / "agent.zip"
+    agent.save(path)
+    with pytest.raises(PolicyError, match="normalised observations and vecnormalize"):
+        make_policy(str(path), context)
+    env.save(tmp_path / "vecnormalize.pkl")
+    assert make_policy(str(path), context).statistics is not None
+    plain = algorithm(policy, rescaled(), device="cpu", n_steps=8)
+    plain.learn(8)
+    plain.save(tmp_path / "plain" / "agent.zip")
+    assert make_policy(str(tmp_path / "plain" / "agent.zip"), context).statistics is None

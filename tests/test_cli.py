@@ -186,7 +186,7 @@ def test_a_file_of_weights_is_evaluated_on_its_own_task_or_on_a_given_one(tmp_pa
     assert _task_of("oracle", None) == "mnist-trousers"
     with pytest.raises(WeightsError, match="give --task"):
         _task_of(str(bare), None)
-    with pytest.raises(WeightsError, match="says that it is of gaussians-2d, and --task is mnist-trousers"):
+    with pytest.raises(WeightsError, match="says that it is of task 'gaussians-2d', and not of 'mnist-trousers'"):
         _task_of(str(saved), "mnist-trousers")
 
 

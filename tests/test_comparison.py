@@ -479,3 +479,18 @@ def test_results_that_do_not_belong_together_are_not_merged(finished):
     for what, changes in others.items():
         with pytest.raises(ResultsError, match=what):
             merge_results([everything, Results({**results.raw, **changes})], ["here", "there"])
+
+
+def test_a_results_file_without_its_own_checksum_is_held_against_those_of_its_runs(finished, tmp_path):
+    path = tmp_path / "results.json"
+    raw = json.loads((finished[1] / "results.json").read_text())
+    del raw["checksum"]
+    path.write_text(json.dumps(raw))
+    load_results(tmp_path)
+    changed = copy.deepcopy(raw)
+    changed["cells"][-1]["metrics"]["forget_loss"] = 99.0
+    doubled = {**raw, "cells": [*raw["cells"], raw["cells"][-1]]}
+    for bad, message in ((changed, "does not match its checksum"), (doubled, "a run twice")):
+        path.write_text(json.dumps(bad))
+        with pytest.raises(ResultsError, match=message):
+            load_results(tmp_path)

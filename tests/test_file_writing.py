@@ -301,3 +301,24 @@ def test_only_the_packages_own_commands_are_quiet():
     assert command_name("script.py", ["python", "script.py", "-m", "agents.tune"]) is None
     assert command_name("/bin/unlearn-gym", ["python", "-c", "from multiprocessing ..."]) is None  # a worker of ours
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("place", ["dangling", "dangling/sub", "loop", "x" * 300, "file/sub"])
+def test_a_folder_that_cannot_be_is_one_line_and_no_endless_loop(tmp_path, place):
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "there")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "nowhere").write_text("")
+    with pytest.raises(FileError, match="folder"), folder_lock(tmp_path / place):
+        pass
+
+
+def test_all_folders_that_a_lock_made_and_that_stayed_empty_are_removed(tmp_path):
+    with folder_lock(tmp_path / "one" / "two" / "three"):
+        assert (tmp_path / "one" / "two" / "three" / LOCK).exists()
+    assert names(tmp_path) == []
+
+
+def test_a_name_with_a_null_character_is_one_line(tmp_path):
+    with pytest.raises(FileError, match="null character"):
+        write_text(tmp_path / "a\0b", "x")

@@ -13,7 +13,7 @@ import pytest
 
 from unlearn_gym.cli import main
 from unlearn_gym.envs import SISSUnlearnEnv
-from unlearn_gym.errors import PolicyError
+from unlearn_gym.errors import ActionError, PolicyError
 from unlearn_gym.evaluation.comparison import run_comparison
 from unlearn_gym.evaluation.episode import policy_context, run_episode
 from unlearn_gym.policies import make_policy, policy_sources
@@ -176,3 +176,17 @@ def test_a_named_module_that_cannot_have_its_name_says_so(write_module, tmp_path
     module = write_module("def choose(obs): return 0.4", "json")
     with pytest.raises(PolicyError, match=r"json\.py cannot be imported, as its name is taken by .*json.*; rename it"):
         play(f"{module}:choose")
+
+
+class Leaving:
+    """Asked for its value, it ends the program."""
+
+    def __array__(self, *arguments, **more):
+        raise SystemExit(0)
+
+
+def test_an_action_may_not_end_the_program():
+    env = SISSUnlearnEnv("gaussians-2d", horizon=2)
+    env.reset(seed=0)
+    with pytest.raises(ActionError, match="not a number"):
+        env.step(Leaving())

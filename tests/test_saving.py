@@ -14,14 +14,16 @@ from safetensors.torch import save_model as save_safetensors
 
 import unlearn_gym  # noqa: F401
 from unlearn_gym.cli import COMMANDS
+from unlearn_gym.diffusion import ScheduleConfig
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.errors import SettingsError, TaskError, WeightsError
 from unlearn_gym.evaluation.cell import final_model
 from unlearn_gym.evaluation.comparison import Comparison, run_comparison
 from unlearn_gym.evaluation.judge import EvaluationSettings
 from unlearn_gym.models import MLPConfig
+from unlearn_gym.models.weights import save_weights
 from unlearn_gym.tasks import get_task
-from unlearn_gym.tasks.saving import load_model, read_header, save_model
+from unlearn_gym.tasks.saving import Header, load_model, read_header, save_model
 
 KINDS = ("gaussians-2d", "mnist-digits", "sfd-mnist-digits", "vae-mnist-trousers")
 
@@ -217,3 +219,40 @@ def test_the_command_evaluates_a_saved_model_on_its_own_task(tmp_path, capsys):
     assert "gaussians-2d:2,5" in capsys.readouterr().out
     assert json.loads((tmp_path / "figures.json").read_text())["metrics"]["forget_loss"] > 0
     assert set(load_file(path)) == set(get_task("gaussians-2d").build_model().state_dict())
+
+
+def test_a_file_is_the_same_whenever_it_is_written(tmp_path):
+    task = get_task("gaussians-2d")
+    model = task.pretrained_model()
+    contents = {save_model(model, task, tmp_path / f"{i}.safetensors").read_bytes() for i in range(8)}
+    assert len(contents) == 1
+
+
+@pytest.mark.parametrize(
+    "network",
+    [{"hidden": [200_000, 200_000]}, {"hidden": [-3, 0]}, {"dim": 10**12}, {"hidden": [1] * 200_000}, {"hidden": [8]}],
+    ids=["wide", "negative", "dim", "deep", "other"],
+)
+def test_a_header_that_lies_about_its_network_builds_none(network, tmp_path, monkeypatch):
+    task, path = get_task("gaussians-2d"), tmp_path / "model.safetensors"
+    header = json.loads(Header.of(task).model_dump_json())
+    header["network"] |= network
+    save_weights(path, task.pretrained_model().state_dict(), {"unlearn_gym": json.dumps(header)})
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *a, **k: pytest.fail("it was built"))
+    with pytest.raises(WeightsError):
+        load_model(path)
+
+
+def test_a_header_that_contradicts_the_task_is_refused(tmp_path):
+    task, path = get_task("gaussians-2d"), tmp_path / "model.safetensors"
+    model = task.pretrained_model()
+    save_model(model, task, path)
+    with pytest.raises(WeightsError, match="is of task 'gaussians-2d'"):
+        load_model(path, "mnist-trousers")
+    other = Header.of(task).model_copy(update={"schedule": ScheduleConfig(num_train_timesteps=7)})
+    save_weights(path, model.state_dict(), other.as_metadata())
+    with pytest.raises(WeightsError, match="another noise schedule"):
+        load_model(path, task)
+    for value in (None, 5, b"x"):
+        with pytest.raises(WeightsError, match="must be the path"):
+            load_model(value)

@@ -134,3 +134,13 @@ def test_commands_refuse_in_one_line(monkeypatch, capsys, tmp_path):
     (tmp_path / "bomb.yaml").write_text("[" * 2000)
     assert "levels deep" in command(monkeypatch, capsys, "experiment", "bomb.yaml")
     assert "yyy" in command(monkeypatch, capsys, "report", "y" * 5000)
+
+
+def test_what_a_sample_takes_is_told_from_what_every_batch_takes():
+    weight = torch.ones(10_000, requires_grad=True)
+
+    def function(batch_size):
+        fixed = (weight * weight).sum()
+        return fixed + torch.ones(batch_size, 100, requires_grad=True).square().sum()
+
+    assert memory.bytes_per_sample(function) == 400

@@ -295,6 +295,14 @@ def test_a_network_without_a_graph_is_refused_and_not_taken_for_a_side_left_out(
     assert run.updates == 0
 
 
+def test_parameters_that_the_run_does_not_train_are_noticed():
+    """Weights put in place of the run's own, and a graph that leads to other tensors, give two gradients of zero."""
+    run = make_run()
+    run.model.load_state_dict({k: v.clone() for k, v in run.model.state_dict().items()}, assign=True)
+    with pytest.raises(RunError, match="neither loss has a gradient"):
+        run.update(0.5)
+
+
 @pytest.mark.parametrize(("objective", "side"), [("naive", "forget_grad"), ("neggrad", "retain_grad")])
 def test_a_side_that_an_objective_leaves_out_has_no_gradient(objective, side):
     run = make_run("vae-mnist-trousers", objective=objective, forget_grad_rule="loss")

@@ -33,6 +33,8 @@ def replacing(path: Path) -> Iterator[BufferedWriter]:
     operating system refuses, such as a full disk, and where ``path`` is a folder or a device.
     """
     try:
+        if b"\0" in os.fsencode(path):
+            raise FileError(f"cannot write {shown(str(path))}: a name holds no null character; name another one")
         if path.exists() and not path.is_file():
             raise FileError(f"cannot write {path}: it is no regular file; name another one")
         path.parent.mkdir(parents=True, exist_ok=True)

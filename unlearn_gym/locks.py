@@ -14,9 +14,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from unlearn_gym.errors import FileError, LockError
+from unlearn_gym.errors import FileError, LockError, error_line, shown
 
 LOCK = ".lock"
+MOST_ATTEMPTS = 1000
+"""How often a folder may vanish while it is being locked, before it is taken for one that cannot be made."""
 _held: ContextVar[frozenset[Path]] = ContextVar("_held", default=frozenset())
 """Folders that this thread has locked: a command may lock what a function that it calls locks too."""
 
@@ -42,7 +44,12 @@ def folder_lock(folder: Path) -> Iterator[None]:
     were made and stayed empty are removed. Raises :class:`LockError`, naming the holder, where another process or
     thread has the lock, and :class:`FileError` where there can be no such folder or file.
     """
-    key = folder.resolve()
+    try:
+        key = folder.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to each other
+        raise FileError(
+            f"cannot make the folder {shown(str(folder))} ({error_line(error)}); choose another --out"
+        ) from None
     if key in _held.get():
         yield
         return
@@ -79,14 +86,16 @@ def _take(folder: Path) -> int:
 def _open(path: Path) -> int:
     """The lock's file in its folder, either of them made where it is missing."""
     folder = path.parent
+    attempt = 0
     while True:
+        attempt += 1
         try:
             folder.mkdir(parents=True, exist_ok=True)
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:
-            continue  # who held the lock has just removed the folder, which was empty
         except OSError as error:
-            if isinstance(error, FileExistsError) and not folder.exists():
+            # who held the lock may just have removed the folder, which was empty; that does not happen again and again
+            vanished = isinstance(error, FileNotFoundError | FileExistsError) and not folder.exists()
+            if vanished and attempt < MOST_ATTEMPTS:
                 continue
             what = "write to" if folder.is_dir() else "make"
             raise FileError(

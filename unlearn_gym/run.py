@@ -364,6 +364,12 @@ class UnlearningRun:
             objective=self.objective, lambda_gradients=measured.lambda_gradients, **scale,
         )  # fmt: skip
         step_terms = unpack(packed.double().cpu().numpy(), lambda_, norms_age)
+        if step_terms.retain_grad_norm == 0 and step_terms.forget_grad_norm == 0:
+            raise RunError(
+                "neither loss has a gradient for the parameters that the run trains, so nothing is learned: the "
+                "network must not detach what it returns, and load_state_dict must copy into its parameters "
+                "(assign=True would replace them)"
+            )
         self.diverged = step_terms.diverged
         return step_terms
 
@@ -390,7 +396,6 @@ class UnlearningRun:
         return forget, retain
 
     @insulated
-    @insulated
     def export(self) -> nn.Module:
         """A copy of the model as it is now: a module of its own, which later updates do not touch.
 
@@ -399,6 +404,7 @@ class UnlearningRun:
         """
         return detached_copy(self.model)
 
+    @insulated
     def snapshot(self) -> Snapshot:
         """A copy of the run's state that later updates do not touch."""
         return Snapshot(

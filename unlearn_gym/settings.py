@@ -44,7 +44,8 @@ LONGEST_HORIZON = 1_000_000
 def usable_device(name: str) -> str:
     """``name`` itself; raises :class:`SettingsError` where torch has no such device here."""
     try:
-        torch.empty(0, device=name)
+        if torch.empty(0, device=name).is_meta:
+            raise ValueError("it holds no values")
     except (RuntimeError, AssertionError, ValueError) as error:
         raise SettingsError(f"device {shown(name)} cannot be used here ({error_line(error)}); try 'cpu'") from None
     return name

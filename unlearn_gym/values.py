@@ -40,7 +40,7 @@ def one_number(value: Any) -> float:
     try:
         array = _plain_tensor(value).numpy() if isinstance(value, Tensor) else np.asarray(value)
         masked = isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value)
-    except Exception as error:  # ragged lists, foreign arrays and tensors: each raises what it likes
+    except (Exception, SystemExit) as error:  # ragged lists, foreign arrays and tensors: each raises what it likes
         raise ActionError(f"action {shown(value)} is not a number ({_why(error)}); give one λ") from None
     if array.size != 1 or array.ndim > 1:
         raise ActionError(f"action has shape {array.shape}; give one λ, as a number or an array of shape (1,)")
@@ -84,7 +84,7 @@ def _plain_tensor(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float64)
 
 
-def _why(error: Exception) -> str:
+def _why(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:100]
 

@@ -170,17 +170,17 @@ def _task_of(weights: str, task: str | None) -> str:
     """The task to evaluate ``weights`` on; :class:`WeightsError` where file and ``task`` disagree or say nothing."""
     from unlearn_gym.envs.siss_unlearn import DEFAULT_TASK
     from unlearn_gym.errors import WeightsError
-    from unlearn_gym.tasks.saving import read_header
+    from unlearn_gym.tasks import get_task
+    from unlearn_gym.tasks.saving import check_header, read_header
 
     if not weights.endswith(".safetensors"):
         return task or DEFAULT_TASK
     header = read_header(weights)
     if task is None and header is None:
         raise WeightsError(f"{weights} does not say which task it is of; give --task")
-    kinds = {name.partition(":")[0] for name in (task, header and header.task) if name}
-    if header is not None and len(kinds) > 1:
-        raise WeightsError(f"{weights} says that it is of {header.task}, and --task is {task}; leave --task out")
-    return task or (header.task if header else DEFAULT_TASK)
+    name = task or (header.task if header else DEFAULT_TASK)
+    check_header(header, get_task(name), weights)
+    return name
 
 
 def metrics() -> None:

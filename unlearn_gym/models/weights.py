@@ -79,7 +79,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) ->
         if name not in tensors or name not in expected:
             missing = "lacks" if name not in tensors else "has an unknown"
             raise WeightsError(f"{path} {missing} tensor {name!r}: it was made for another network")
-        cast[name] = _cast(tensors[name], expected[name].dtype, f"{path}: {name!r}")
+        cast[name] = cast_weights(tensors[name], expected[name].dtype, f"{path}: {name!r}")
         found, wanted = tuple(cast[name].shape), tuple(expected[name].shape)
         if found != wanted:
             raise WeightsError(
@@ -88,7 +88,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) ->
     model.load_state_dict(cast)
 
 
-def _cast(found: Tensor, wanted: torch.dtype, where: str) -> Tensor:
+def cast_weights(found: Tensor, wanted: torch.dtype, where: str) -> Tensor:
     """``found`` as ``wanted``, if no value changes its kind or gets lost; raises :class:`WeightsError`."""
     if found.dtype != wanted and not (found.is_floating_point() and wanted.is_floating_point):
         raise WeightsError(f"{where} holds {found.dtype}, the network needs {wanted}; save it as that")

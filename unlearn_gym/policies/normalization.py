@@ -148,10 +148,7 @@ def find_statistics(agent: Path, entries: int, *, trust: bool = False) -> Statis
     path = statistics_path(agent)
     if path is None:
         if normalized:
-            raise PolicyError(
-                f"{agent} was trained on normalised observations and {NAMES[0]}, which holds their statistics, is not "
-                f"beside it; put it into {agent.parent}"
-            )
+            raise statistics_missing(agent)
         return None
     found = read_statistics(path, trust=trust)
     if found.mean is not None and found.mean.shape != (entries,):
@@ -160,6 +157,14 @@ def find_statistics(agent: Path, entries: int, *, trust: bool = False) -> Statis
             "the settings that it was trained with"
         )
     return found
+
+
+def statistics_missing(agent: Path) -> PolicyError:
+    """The error for an agent whose training normalised observations, without the statistics."""
+    return PolicyError(
+        f"{agent} was trained on normalised observations and {NAMES[0]}, which holds their statistics, is not beside "
+        f"it; put it into {agent.parent}"
+    )
 
 
 def read_statistics(path: Path, *, trust: bool = False) -> Statistics:
@@ -255,7 +260,7 @@ def _check_record(agent: Path) -> bool:
     """Whether the zoo's record beside ``agent`` says that observations were normalised; raises :class:`PolicyError`
     for wrappers in it that change observations otherwise.
     """
-    path = next((path for folder in _folders(agent)[1:] if (path := folder / "config.yml").is_file()), None)
+    path = next((path for folder in _folders(agent) if (path := folder / "config.yml").is_file()), None)
     if path is None:
         return False
     try:

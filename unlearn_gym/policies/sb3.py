@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.sac.policies import SACPolicy
 from stable_baselines3.td3.policies import TD3Policy
+from torch import Tensor
 
-from unlearn_gym.errors import PolicyError, error_line
+from unlearn_gym.errors import PolicyError, WeightsError, error_line
+from unlearn_gym.models.weights import cast_weights
 from unlearn_gym.policies.base import Observation, PolicyContext
-from unlearn_gym.policies.normalization import find_statistics
+from unlearn_gym.policies.normalization import find_statistics, statistics_missing
 from unlearn_gym.policies.sb3_file import (
     POLICY_CLASSES,
     RECURRENT,
@@ -57,6 +60,8 @@ class SB3Policy:
         self.statistics = find_statistics(path, shape[0], trust=trust)
         try:
             file = read_agent(path)
+            if file.normalized and self.statistics is None:
+                raise statistics_missing(path)
             action_space = _action_space(context, path, shape, file.observation, file.action)
             self.network = _build(path, file, _observation_space(context, shape), action_space)
         except PickleNeededError:
@@ -131,15 +136,32 @@ def _build(path: Path, file: AgentFile, observation: spaces.Box, action: spaces.
     """The policy with its weights."""
     kind = _recurrent_class(path) if file.policy_class == RECURRENT else CLASSES[file.policy_class]
     try:
+        with torch.device("meta"):  # the shapes alone, lest a text of a few bytes takes gigabytes
+            outline = kind(observation, action, lambda progress: 0.0, **file.arguments).state_dict()
+        weights = _checked_weights(path, file.weights, outline)
         with initial_weights_from(None):
             network = kind(observation, action, lambda progress: 0.0, **file.arguments)
-            network.load_state_dict(file.weights, strict=True)
+            network.load_state_dict(weights, strict=True)
+    except PolicyError:
+        raise
     except Exception as error:  # whatever a constructor says of arguments that go with another class
         raise needs_pickles(
             path, f"its weights are not those of the network that its plain text tells ({error_line(error)})"
         ) from None
     network.set_training_mode(False)
     return network
+
+
+def _checked_weights(path: Path, found: dict[str, Tensor], outline: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``found`` as the network of ``outline`` has them; raises for other names and shapes, and for unusable values."""
+    shapes, wanted = ({name: tuple(value.shape) for name, value in all_.items()} for all_ in (found, outline))
+    if shapes != wanted:
+        name = min(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
+        raise ValueError(f"{name!r} is {shapes.get(name, 'not there')}, and is to be {wanted.get(name, 'not there')}")
+    try:
+        return {name: cast_weights(value, outline[name].dtype, f"{path}: {name!r}") for name, value in found.items()}
+    except WeightsError as error:
+        raise PolicyError(f"{error}; retrain or re-export the agent") from None
 
 
 def _recurrent_class(path: Path) -> Any:

@@ -35,7 +35,8 @@ POLICY_CLASSES = {
     RECURRENT: "sb3_contrib.common.recurrent.policies",
 }
 """The policies that PPO, A2C, TRPO, SAC, TD3, DDPG and RecurrentPPO save, and their modules."""
-GETS_SDE_FROM_ALGORITHM = ("ActorCriticPolicy", RECURRENT)
+ON_POLICY = ("ActorCriticPolicy", RECURRENT)
+"""The policies of algorithms that learn on policy, which also give them ``use_sde``."""
 FLATTEN = "<class 'stable_baselines3.common.torch_layers.FlattenExtractor'>"
 TRAINING_ONLY = ("optimizer_class", "optimizer_kwargs", "device")
 """Arguments of a policy that have no part in how it acts."""
@@ -106,6 +107,9 @@ class PolicyArguments(NetworkArguments):
 class AgentFile(NamedTuple):
     """The plain parts of a zip: the policy's class by its name in ``POLICY_CLASSES``, the keyword arguments to make it
     with, the spaces that it was trained on, and the weights.
+
+    ``normalized``: it was trained under ``VecNormalize``. Algorithms that learn on policy keep the last observation
+    before it was normalised, and have none otherwise; the others always keep it, so of them it cannot be told.
     """
 
     policy_class: str
@@ -113,6 +117,7 @@ class AgentFile(NamedTuple):
     observation: SpaceText
     action: SpaceText
     weights: dict[str, Tensor]
+    normalized: bool
 
 
 def read_agent(path: Path) -> AgentFile:
@@ -124,7 +129,9 @@ def read_agent(path: Path) -> AgentFile:
     data = read_data(path)
     observation, action = (_space(path, data, name) for name in ("observation_space", "action_space"))
     policy_class = _policy_class(path, data)
-    return AgentFile(policy_class, _arguments(path, data, policy_class), observation, action, _weights(path))
+    normalized = policy_class in ON_POLICY and data.get("_last_original_obs") is not None
+    arguments = _arguments(path, data, policy_class)
+    return AgentFile(policy_class, arguments, observation, action, _weights(path), normalized)
 
 
 def read_data(path: Path) -> dict[str, Any]:
@@ -199,7 +206,7 @@ def _arguments(path: Path, data: dict[str, Any], policy_class: str) -> dict[str,
     if not isinstance(found, dict):
         raise not_an_agent(path, "its 'policy_kwargs' are no mapping")
     named = {k: v for k, v in found.items() if k not in (*TRAINING_ONLY, ":type:", ":serialized:")}
-    if policy_class in GETS_SDE_FROM_ALGORITHM:
+    if policy_class in ON_POLICY:
         named["use_sde"] = data.get("use_sde", False)
     net_arch = named.get("net_arch")
     if isinstance(net_arch, list) and net_arch and isinstance(net_arch[0], dict):

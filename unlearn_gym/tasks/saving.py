@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from unlearn_gym.diffusion import ScheduleConfig
-from unlearn_gym.errors import SettingsError, WeightsError, describe_validation_error
+from unlearn_gym.errors import SettingsError, WeightsError, describe_validation_error, error_line, shown
 from unlearn_gym.files import parse_json
 from unlearn_gym.models import MLPConfig, UNetConfig, VAEConfig, build_network
 from unlearn_gym.models.diffusers_folder import save_pipeline
@@ -23,6 +24,9 @@ from unlearn_gym.torch_state import initial_weights_from, insulated
 
 HEADER = "unlearn_gym"
 """The entry of a safetensors file's metadata that says what its tensors are."""
+LONGEST_HEADER = 2**16
+"""Characters; a network's config has some hundred."""
+Network = UNetConfig | MLPConfig | VAEConfig | DiffusersConfig
 
 
 class Header(BaseModel):
@@ -33,7 +37,7 @@ class Header(BaseModel):
     format: Literal[1] = 1
     task: str
     schedule: ScheduleConfig
-    network: UNetConfig | MLPConfig | VAEConfig | DiffusersConfig | None = None
+    network: Network | None = None
 
     @classmethod
     def of(cls, task: Task) -> Header:
@@ -43,7 +47,7 @@ class Header(BaseModel):
 
     def as_metadata(self) -> dict[str, str]:
         """As a safetensors file has it."""
-        return {"format": "pt", HEADER: self.model_dump_json()}
+        return {HEADER: self.model_dump_json()}  # one entry: safetensors writes several in any order
 
 
 @insulated
@@ -82,11 +86,15 @@ def read_header(path: str | os.PathLike[str]) -> Header | None:
 
     Raises :class:`WeightsError` for a file that is missing or damaged.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise WeightsError(f"path={shown(path)} must be the path of a .safetensors file")
     if not Path(path).is_file():
         raise WeightsError(f"no weights at {path}; make them with save(path) of an environment")
     try:
         with safe_open(path, "pt") as file:
             text: Any = (file.metadata() or {}).get(HEADER)
+        if text is not None and len(text) > LONGEST_HEADER:
+            raise WeightsError(f"{path} has a header of {len(text):,} characters; save the model again")
         return None if text is None else Header.model_validate(parse_json(text))
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is not a readable safetensors file ({error}); restore or remake it") from None
@@ -104,16 +112,50 @@ def load_model(path: str | os.PathLike[str], task: Task | str | None = None) -> 
     Raises :class:`WeightsError` for a file that is missing, damaged, of another network or without a header, and
     :class:`TaskError` for a task that is not registered.
     """
-    header = read_header(path) if task is None else None
+    header = read_header(path)
     if task is None and header is None:
         raise WeightsError(f"{path} does not say what network it is of; give task= the one that it was trained for")
-    if header is not None and header.network is not None:
-        with initial_weights_from(None):
-            network = header.network
-            model = network() if isinstance(network, DiffusersConfig) else build_network(network)
+    if task is None and header is not None and header.network is not None:
+        model = _build(header.network, Path(path))
     else:
         chosen = task if isinstance(task, Task) else get_task(task or (header.task if header else ""))
+        check_header(header, chosen, path)
         with initial_weights_from(None):
             model = chosen.build_model()
     load_weights(model, Path(path))
     return model.eval()
+
+
+def check_header(header: Header | None, task: Task, path: str | os.PathLike[str]) -> None:
+    """Raise :class:`WeightsError` where ``header``, that of ``path``, says that its model is of another task family."""
+    if header is None:
+        return
+    if header.task.partition(":")[0] != task.name.partition(":")[0]:
+        raise WeightsError(
+            f"{path} says that it is of task {header.task!r}, and not of {task.name!r}; leave the task out"
+        )
+    if header.schedule != task.schedule:
+        raise WeightsError(
+            f"{path} was trained on another noise schedule than task {task.name!r} has; name its own task"
+        )
+
+
+def _build(network: Network, path: Path) -> nn.Module:
+    """The network of a header, if the file's tensors are its: their shapes are compared before it is built."""
+
+    def build() -> nn.Module:
+        return network() if isinstance(network, DiffusersConfig) else build_network(network)
+
+    try:
+        with initial_weights_from(None), torch.device("meta"):
+            outline = {name: list(value.shape) for name, value in build().state_dict().items()}
+    except SettingsError:
+        raise
+    except Exception as error:  # whatever torch says of sizes that no network has
+        raise WeightsError(f"{path}: no network can be built as its header says ({error_line(error)})") from None
+    with safe_open(path, "pt") as file:
+        found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    if found != outline:
+        raise WeightsError(f"{path} holds other tensors than the network of its header has; save the model again")
+    with initial_weights_from(None):
+        return build()
