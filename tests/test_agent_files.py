@@ -737,7 +737,8 @@ def test_an_agent_that_learned_under_vecnormalize_is_refused_without_its_statist
 ):
     """Nothing beside the zip says so; the zip itself does."""
     env = VecNormalize(DummyVecEnv([rescaled]))
-    agent = algorithm(policy, env, device="cpu", n_steps=8)
+    sizes = {"n_steps": 8} if algorithm is A2C else {"n_steps": 8, "batch_size": 8}
+    agent = algorithm(policy, env, device="cpu", **sizes)
     agent.learn(8)
     path = tmp_path / "agent.zip"
     agent.save(path)
@@ -745,7 +746,7 @@ def test_an_agent_that_learned_under_vecnormalize_is_refused_without_its_statist
         make_policy(str(path), context)
     env.save(tmp_path / "vecnormalize.pkl")
     assert make_policy(str(path), context).statistics is not None
-    plain = algorithm(policy, rescaled(), device="cpu", n_steps=8)
+    plain = algorithm(policy, rescaled(), device="cpu", **sizes)
     plain.learn(8)
     plain.save(tmp_path / "plain" / "agent.zip")
     assert make_policy(str(tmp_path / "plain" / "agent.zip"), context).statistics is None

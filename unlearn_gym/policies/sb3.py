@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.sac.policies import SACPolicy
@@ -136,12 +136,10 @@ def _build(path: Path, file: AgentFile, observation: spaces.Box, action: spaces.
     """The policy with its weights."""
     kind = _recurrent_class(path) if file.policy_class == RECURRENT else CLASSES[file.policy_class]
     try:
-        with torch.device("meta"):  # the shapes alone, lest a text of a few bytes takes gigabytes
-            outline = kind(observation, action, lambda progress: 0.0, **file.arguments).state_dict()
-        weights = _checked_weights(path, file.weights, outline)
+        _check_size(file)
         with initial_weights_from(None):
             network = kind(observation, action, lambda progress: 0.0, **file.arguments)
-            network.load_state_dict(weights, strict=True)
+        network.load_state_dict(_checked_weights(path, file.weights, network.state_dict()), strict=True)
     except PolicyError:
         raise
     except Exception as error:  # whatever a constructor says of arguments that go with another class
@@ -150,6 +148,15 @@ def _build(path: Path, file: AgentFile, observation: spaces.Box, action: spaces.
         ) from None
     network.set_training_mode(False)
     return network
+
+
+def _check_size(file: AgentFile) -> None:
+    """Raise ValueError for layers of more weights than the file holds, lest a text of a few bytes takes gigabytes."""
+    net_arch, hidden = file.arguments.get("net_arch") or [], file.arguments.get("lstm_hidden_size", 0)
+    layers = list(net_arch.values()) if isinstance(net_arch, dict) else [net_arch]
+    needed = sum(a * b for widths in layers for a, b in pairwise(widths)) + 4 * hidden**2
+    if needed > sum(weight.numel() for weight in file.weights.values()):
+        raise ValueError(f"its layers have {needed:,} weights and more")
 
 
 def _checked_weights(path: Path, found: dict[str, Tensor], outline: dict[str, Tensor]) -> dict[str, Tensor]:
