@@ -748,5 +748,6 @@ def test_an_agent_that_learned_under_vecnormalize_is_refused_without_its_statist
     assert make_policy(str(path), context).statistics is not None
     plain = algorithm(policy, rescaled(), device="cpu", **sizes)
     plain.learn(8)
+    (tmp_path / "plain").mkdir()
     plain.save(tmp_path / "plain" / "agent.zip")
     assert make_policy(str(tmp_path / "plain" / "agent.zip"), context).statistics is None

@@ -143,6 +143,9 @@ def test_files_that_are_no_saved_models_are_named(tmp_path):
             load_model(path)
         assert "\n" not in str(caught.value)
     after_a_step().save(path)
+    with pytest.raises(WeightsError, match="is of task 'gaussians-2d', and not of 'mnist-digits'"):
+        load_model(path, "mnist-digits")
+    save_file(get_task("gaussians-2d").pretrained_model().state_dict(), path)
     with pytest.raises(WeightsError, match="made for another network"):
         load_model(path, "mnist-digits")
 
