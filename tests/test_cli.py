@@ -211,7 +211,7 @@ def test_the_page_of_options_is_that_of_the_code(monkeypatch, capsys):
         assert RunSettings().override(**parse_options((f"{name}={shown}",))) == RunSettings()
     assert all(f"| `{name}` | `" in page for name in PRESETS)
     for key in (*INFO_KEYS, *VECTOR_KEYS):
-        assert "".join(f'["{part}"]' for part in key.path) in page
+        assert f"| `{'.'.join(key.path)}` |" in page
 
 
 @pytest.mark.parametrize("columns", [60, 80, 200])
