@@ -14,6 +14,19 @@ import pytest
 from unlearn_gym.cli import COMMANDS, main
 from unlearn_gym.processes import Terminated, signals_as_interrupts
 
+
+@pytest.fixture(autouse=True)
+def default_signals():
+    """Libraries that earlier tests of this process have used may have put handlers of their own."""
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers[:2]:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 PARENT = """
 import sys, time
 from pathlib import Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -165,10 +166,15 @@ def test_an_interrupted_trial_is_taken_up_too(tmp_path, monkeypatch):
 
 
 def test_a_search_on_ray(tmp_path, monkeypatch):
-    pytest.importorskip("ray")
+    ray = pytest.importorskip("ray")
+    before = signal.getsignal(signal.SIGTERM)
     monkeypatch.chdir(tmp_path)
-    best = tune(out=Path("found"), trials=1, engine="ray", **SMALL)
+    try:
+        best = tune(out=Path("found"), trials=1, engine="ray", **SMALL)
+    finally:
+        ray.shutdown()
     assert best.is_file()
+    assert signal.getsignal(signal.SIGTERM) == before  # Ray puts a handler of its own
 
 
 def test_settings_that_every_trial_refuses_end_the_search_at_once(tmp_path):

@@ -221,12 +221,12 @@ def _connect(jobs: int) -> Any:
 
 @contextlib.contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Keep a handler of SIGTERM that this process has, in place of which Ray puts one that says nothing."""
+    """Keep what this process does at SIGTERM, in place of which Ray puts a handler of its own."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        if before not in (None, signal.SIG_DFL) and threading.current_thread() is threading.main_thread():
+        if before is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
 
 

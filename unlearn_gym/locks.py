@@ -46,6 +46,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     """
     try:
         key = folder.resolve()
+        missing = [place for place in (folder, *folder.parents) if not place.exists()]
     except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to each other
         raise FileError(
             f"cannot make the folder {shown(str(folder))} ({error_line(error)}); choose another --out"
@@ -53,7 +54,6 @@ def folder_lock(folder: Path) -> Iterator[None]:
     if key in _held.get():
         yield
         return
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
     descriptor = _take(folder)
     token = _held.set(_held.get() | {key})
     try:
