@@ -240,7 +240,8 @@ def read_results(path: Path, format_number: int) -> dict[str, Any]:
         ResultsRecord.model_validate(raw)
     except ValidationError as error:
         raise ResultsError(f"{path} is damaged ({describe_validation_error(error)}); {AGAIN}") from None
-    changed = next((c for c in raw["cells"] if CHECKSUM in c and not matches_checksum(c)), None)
+    checked = [cell for cell in raw["cells"] if CHECKSUM in raw or CHECKSUM in cell]
+    changed = next((cell for cell in checked if not matches_checksum(cell)), None)
     if changed is not None:
         where = f"{changed['policy']} at seed {changed['seed']}"
         raise ResultsError(f"{path} is damaged ({where} does not match its checksum); {AGAIN}")
@@ -248,9 +249,7 @@ def read_results(path: Path, format_number: int) -> dict[str, Any]:
     if len(set(names)) < len(names):
         raise ResultsError(f"{path} is damaged (it holds a run twice); {AGAIN}")
     if CHECKSUM in raw and not matches_checksum(raw):
-        wrong = [f"{c['policy']} at seed {c['seed']}" for c in raw["cells"] if not matches_checksum(c)]
-        what = wrong[0] if wrong else "the part outside the runs"
-        raise ResultsError(f"{path} is damaged ({what} does not match its checksum); {AGAIN}")
+        raise ResultsError(f"{path} is damaged (the part outside the runs does not match its checksum); {AGAIN}")
     return raw
 
 
