@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
 from torch import nn
 
 from unlearn_gym.models.mlp import EpsilonMLP, MLPConfig
 from unlearn_gym.models.unet import CompactUNet, UNetConfig
 from unlearn_gym.models.vae import ConvVAE, VAEConfig
 
-NetworkConfig = Annotated[UNetConfig | MLPConfig | VAEConfig, Field(discriminator="kind")]
-
 __all__ = [
     "CompactUNet",
     "ConvVAE",
     "EpsilonMLP",
     "MLPConfig",
-    "NetworkConfig",
     "UNetConfig",
     "VAEConfig",
     "build_network",
