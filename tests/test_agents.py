@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -51,13 +52,6 @@ def rescaled(task: str = "gaussians-2d"):
     return gym.wrappers.RescaleAction(gym.make("SISSUnlearn-v0", task=task, horizon=4), LOW, HIGH)
 
 
-def train(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "agents.train", *arguments], capture_output=True, text=True, cwd=cwd, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-
-
 SMALL = {
     "ppo": {"n_steps": 8, "batch_size": 8}, "a2c": {"n_steps": 8}, "ppo_lstm": {"n_steps": 8, "batch_size": 8},
     "sac": {"learning_starts": 6, "batch_size": 8, "train_freq": 4}, "td3": {"learning_starts": 6, "batch_size": 8},
@@ -92,13 +86,17 @@ def test_interrupted_and_resumed_training_equals_uninterrupted(algorithm, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "what", [{"tasks": (), "instances": "gaussians-2d/train"}, {"tasks": ("gaussians-2d", "gaussians-2d:3")}]
+    "what",
+    [
+        {"tasks": (), "instances": "gaussians-2d/train", "options": {}, "n_envs": 1, "eval_episodes": 1},
+        {"tasks": ("gaussians-2d", "gaussians-2d:3"), "n_envs": 2},
+    ],
 )
 def test_training_on_a_set_resumes_exactly_too(what, tmp_path):
-    plan = small_plan("ppo", options={}, n_envs=2, **what)
-    whole = train_agent(plan, tmp_path / "whole", 64, callbacks=[], stage_done=lambda stage: None)
-    train_agent(plan, tmp_path / "parts", 32, callbacks=[], stage_done=lambda stage: None)
-    parts = train_agent(plan, tmp_path / "parts", 64, callbacks=[], stage_done=lambda stage: None)
+    plan = small_plan("ppo", **what)
+    whole = train_agent(plan, tmp_path / "whole", 32, callbacks=[], stage_done=lambda stage: None)
+    train_agent(plan, tmp_path / "parts", 16, callbacks=[], stage_done=lambda stage: None)
+    parts = train_agent(plan, tmp_path / "parts", 32, callbacks=[], stage_done=lambda stage: None)
     assert all(map(torch.equal, parameters(whole), parameters(parts)))
 
 
@@ -169,11 +167,20 @@ def test_stages_draw_episodes_of_their_own_and_none_of_another_training():
     assert max(seeds) < FIRST_VALIDATION_SEED
 
 
-def test_another_training_in_the_folder_is_refused_and_left_alone(tmp_path):
-    train_agent(small_plan("ppo"), tmp_path, 16, callbacks=[], stage_done=lambda stage: None)
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The plan and the folder of a training that stopped after its first stage."""
+    plan, folder = small_plan("sac"), tmp_path_factory.mktemp("stopped")
+    train_agent(plan, folder, 16, callbacks=[], stage_done=lambda stage: None)
+    return plan, folder
+
+
+def test_another_training_in_the_folder_is_refused_and_left_alone(stopped, tmp_path):
+    plan, folder = stopped
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     with pytest.raises(SettingsError, match="another seed; choose another --out"):
-        train_agent(small_plan("ppo", seed=1), tmp_path, 16, callbacks=[], stage_done=lambda stage: None)
+        train_agent(dataclasses.replace(plan, seed=1), tmp_path, 16, callbacks=[], stage_done=lambda stage: None)
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
 
@@ -182,18 +189,18 @@ def test_another_training_in_the_folder_is_refused_and_left_alone(tmp_path):
     "file",
     ["progress.json", "checkpoints/16/agent.zip", "checkpoints/16/counters.json", "checkpoints/16/replay.npz"],
 )
-def test_a_damaged_checkpoint_is_named(file, damage, tmp_path):
-    plan = small_plan("sac")
-    train_agent(plan, tmp_path, 16, callbacks=[], stage_done=lambda stage: None)
+def test_a_damaged_checkpoint_is_named(file, damage, stopped, tmp_path):
+    plan, folder = stopped
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / file).write_bytes(damage)
     with pytest.raises(SettingsError, match="damaged") as caught:
         train_agent(plan, tmp_path, 32, callbacks=[], stage_done=lambda stage: None)
     assert "\n" not in str(caught.value)
 
 
-def test_no_changed_digit_of_a_trainings_progress_is_believed(tmp_path):
-    plan = small_plan("ppo")
-    train_agent(plan, tmp_path, 16, callbacks=[], stage_done=lambda stage: None)
+def test_no_changed_digit_of_a_trainings_progress_is_believed(stopped, tmp_path):
+    plan, folder = stopped
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "progress.json"
     content = json.loads(path.read_text())
     (stage,) = content["stages"]
@@ -215,8 +222,9 @@ def test_a_trained_agent_is_a_policy(tmp_path, monkeypatch):
         "--task", "gaussians-2d", "--timesteps", "480", "--config", str(config), "--out", "agent",
         "--eval-every", "240", "--eval-episodes", "1", "--n-envs", "1",
     )  # fmt: skip
-    done = train(*arguments, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["agents.train", *arguments])
+    run_command("train", train_command)
     folder = tmp_path / "agent"
     manifest = json.loads((folder / "agent.json").read_text())
     assert manifest["timesteps"] == 480
@@ -237,8 +245,6 @@ def test_a_trained_agent_is_a_policy(tmp_path, monkeypatch):
     episode = run_episode(env, make_policy(str(folder / "agent.zip"), policy_context(env)), seed=0)
     assert all(0.1 <= v <= 0.9 for v in episode.trace["lambda_"])
     before = (folder / "agent.zip").read_bytes()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["agents.train", *arguments])
     run_command("train", train_command)  # finished already
     assert sha256(folder / "best_model.zip") in {
         stage["sha256"] for stage in json.loads((folder / "progress.json").read_text())["stages"]
@@ -546,7 +552,10 @@ def test_bad_arguments_are_one_line_and_leave_nothing_behind(arguments, message,
 
 
 def test_bad_arguments_of_the_command_itself(tmp_path):
-    done = train("--n-envs", "0", cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "agents.train", "--n-envs", "0"], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("agents.train: n_envs=0")
     assert "Traceback" not in done.stderr

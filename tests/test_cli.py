@@ -90,32 +90,20 @@ def test_bad_input_of_the_installed_command(tmp_path):
 SIZES = ["--task", "gaussians-2d", "--forget-samples", "200", "--quality-samples", "200"]
 
 
-def test_compare_and_report_from_the_command_line(tmp_path, monkeypatch):
-    """The installed command once, and then its function, which is what it calls."""
-    arguments = [
-        "--policies",
-        "static:0.2",
-        "prior",
-        "--seeds",
-        "2",
-        "--option",
-        "horizon=5",
-        "--option",
-        "batch_size=8",
-    ]
-    done = cli("compare", *SIZES, *arguments, "--out", "out", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for text in ("static:0.2", "prior", "untouched", "oracle", "report: out/report.md", "Forgot most"):
-        assert text in done.stdout
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+def test_compare_and_report_from_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ("--option", "horizon=5", "--option", "batch_size=8")
+    arguments = ("compare", *SIZES, "--policies", "static:0.2", "prior", "--seeds", "2", *options, "--out", "out")
+    text = printed(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+    for part in ("static:0.2", "prior", "untouched", "oracle", "report: out/report.md", "Forgot most"):
+        assert part in text
+    results = json.loads(Path("out/results.json").read_text())
     assert len(results["cells"]) == 6
     assert (results["settings"]["horizon"], results["settings"]["batch_size"]) == (5, 8)
-    before = (tmp_path / "out" / "report.md").read_text()
-    (tmp_path / "out" / "report.md").unlink()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["unlearn-gym", "report", "out"])
-    main()
-    assert (tmp_path / "out" / "report.md").read_text() == before
+    before = Path("out/report.md").read_text()
+    Path("out/report.md").unlink()
+    printed("report", "out", monkeypatch=monkeypatch, capsys=capsys)
+    assert Path("out/report.md").read_text() == before
 
 
 def test_a_model_is_evaluated_from_its_file(tmp_path, monkeypatch, capsys):
@@ -161,14 +149,14 @@ def test_the_version_is_that_of_the_package(monkeypatch, capsys):
 def test_every_task_is_listed_with_what_is_there(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("COLUMNS", "80")
     whole = get_task("gaussians-2d")
-    bare = replace(whole, name="mine", description="points: forget the bare", assets=tmp_path)
+    bare = replace(whole, name="bare-of-all", description="points: forget the bare", assets=tmp_path)
     register_task(bare)
-    monkeypatch.setattr(registry, "SHELL_TASKS", {*registry.SHELL_TASKS, "mine"})
+    monkeypatch.setattr(registry, "SHELL_TASKS", {*registry.SHELL_TASKS, "bare-of-all"})
     text = printed("tasks", monkeypatch=monkeypatch, capsys=capsys)
     rows = {row.split()[0]: row.splitlines() for row in re.split(r"\n(?=\S)", text)}
     assert set(rows) >= registry.SHELL_TASKS
     assert [line.split()[-1] for line in rows["gaussians-2d"]] == ["weights", "constants", "oracle"]
-    assert " ".join(rows["mine"][0].split()) == "mine points: forget the bare none"
+    assert " ".join(rows["bare-of-all"][0].split()) == "bare-of-all points: forget the bare none"
     for name in registry.SHELL_TASKS:
         row = " ".join(line[: text.splitlines()[0].index("present")] for line in rows[name])
         assert row.split()[1:] == get_task(name).description.split()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -10,8 +11,10 @@ import threading
 import time
 from pathlib import Path
 
+import cloudpickle
 import pytest
 
+from agents.tune import tune
 from unlearn_gym import engines
 from unlearn_gym.engines import _call_in, run_calls
 from unlearn_gym.errors import SettingsError, WorkerError
@@ -22,9 +25,15 @@ from .test_comparison import small, without_times
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+# Sent by value, so that other processes need not import this module: torch takes seconds.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
 @pytest.fixture(scope="module", autouse=True)
 def local_ray():
+    before = signal.getsignal(signal.SIGTERM)
     ray = engines._connect(2)
+    assert signal.getsignal(signal.SIGTERM) == before  # Ray puts a handler of its own
     yield
     ray.shutdown()
 
@@ -70,9 +79,6 @@ def test_every_call_is_made_once(engine):
 def test_a_killed_workers_calls_are_made_again(engine, tmp_path):
     assert sorted(run_calls(engine, die_once, [(tmp_path, i) for i in range(4)], 2)) == [0, 1, 4, 9]
     assert (tmp_path / "died").exists()
-
-
-# Functions within tests are sent by value, so that their processes need not import this module.
 
 
 def test_a_call_that_ends_its_process_again_and_again_is_named_and_costs_no_other_call(tmp_path):
@@ -136,9 +142,16 @@ def test_cells_on_ray_are_those_of_one_process_and_a_restarted_driver_runs_none_
         run_comparison(small(), tmp_path / "ray", jobs=2, engine="ray", progress=interrupt)
     kept = {p: p.read_bytes() for p in (tmp_path / "ray" / "cells").iterdir()}
     assert len(kept) >= 3
-    on_ray = run_comparison(small(), tmp_path / "ray", jobs=2, engine="ray")
-    assert without_times(on_ray) == without_times(serial)
+    finished_here = run_comparison(small(), tmp_path / "ray")
+    assert without_times(finished_here) == without_times(serial)
     assert all(path.read_bytes() == content for path, content in kept.items())
+
+
+def test_a_search_on_ray(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    best = tune(out=Path("found"), trials=1, engine="ray", timesteps=60, stages=1, eval_episodes=1, n_envs=1)
+    assert best.is_file()
+    assert len(json.loads(Path("found/study.json").read_text())["trials"]) == 1
 
 
 def test_another_engine_is_named():

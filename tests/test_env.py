@@ -26,8 +26,6 @@ from unlearn_gym.errors import ActionError, SettingsError, TaskError
 from unlearn_gym.run import UnlearningRun
 from unlearn_gym.tasks import get_task, load_data, register_task
 
-from .conftest import TASKS
-
 
 def make(task: str = "gaussians-2d", **options):
     return gym.make(unlearn_gym.ENV_ID, task=task, **options)
@@ -63,13 +61,12 @@ def test_sb3_checker_passes_with_no_warning_once_actions_are_rescaled(task):
         sb3_check(RescaleAction(make(task, **FEW), np.float32(-1), np.float32(1)))
 
 
-@pytest.mark.parametrize("task", KINDS)
-def test_sb3_checker_passes_on_the_environment_itself(task):
+def test_sb3_checker_passes_on_the_environment_itself():
     with pytest.warns(UserWarning, match="symmetric and normalized Box action space"):
-        sb3_check(make(task, **FEW))
+        sb3_check(make(**FEW))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", KINDS)
 def test_the_same_seed_gives_the_same_episode_in_two_environments(task):
     actions = np.linspace(0.1, 0.9, 4)
     envs = [make(task, batch_size=4) for _ in range(2)]
@@ -100,7 +97,7 @@ def test_an_unseeded_reset_begins_another_episode():
     assert not np.array_equal(first, env.step(0.5)[0])
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", KINDS)
 def test_the_environment_equals_a_plain_loop_over_the_run(task):
     env = make(task, batch_size=4)
     env.reset(seed=4)
@@ -358,7 +355,7 @@ def test_the_module_prefix_registers_on_demand():
     assert gym.registry == before
 
 
-@pytest.mark.parametrize("task", KINDS)
+@pytest.mark.parametrize("task", ["gaussians-2d", "mnist-trousers", "vae-mnist-trousers"])
 def test_a_frame_is_a_picture_that_changes_with_the_run(task):
     env = make(task, render_mode="rgb_array", batch_size=4)
     env.reset(seed=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 
@@ -28,15 +29,39 @@ quick: {seeds: 1, num_samples: 200, options: {horizon: 2}, arms: [short]}
 TWO = ONE.replace("prior", "random")
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    experiments = tmp_path / "configs" / "experiments"
+def write_experiments(folder):
+    experiments = folder / "configs" / "experiments"
     experiments.mkdir(parents=True)
     (experiments / "one.yaml").write_text(ONE)
     (experiments / "two.yaml").write_text(TWO)
     (experiments / "both.yaml").write_text("question: All?\nmerge: [one, two]\n")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_experiments(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder in which both experiments have run, and the cells that there were after the first of them."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_experiments(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run("one")
+        cells = {p.name for p in Path("out/cells").iterdir()}
+        run("two")
+    return folder, cells
+
+
+@pytest.fixture
+def after(finished, tmp_path, monkeypatch):
+    """A copy of that folder to work in."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
 
 
 def run(name, quick=False, ran=None):
@@ -47,14 +72,13 @@ def run(name, quick=False, ran=None):
     return run_experiment(name, out, quick=quick, jobs=1, data_root=None, command="test", progress=progress)
 
 
-def test_an_experiment_runs_all_arms_and_shares_cells_with_the_next(folder):
-    page = run("one").read_text()
+def test_an_experiment_runs_all_arms_and_shares_cells_with_the_next(finished):
+    folder, cells = finished
+    page = (folder / "out" / "one" / "experiment.md").read_text()
     assert "| short | prior |" in page
     assert "| long | static:0.3 |" in page
     assert "[short](short/report.md)" in page
-    cells = {p.name for p in Path("out/cells").iterdir()}
-    run("two")
-    assert len({p.name for p in Path("out/cells").iterdir()} - cells) == 1  # random of the short arm alone
+    assert len({p.name for p in (folder / "out" / "cells").iterdir()} - cells) == 1  # random of the short arm alone
 
 
 def test_the_quick_size_runs_its_arms_alone(folder):
@@ -63,9 +87,8 @@ def test_the_quick_size_runs_its_arms_alone(folder):
     assert load_results(Path("out/one/short")).settings["horizon"] == 2
 
 
-def test_a_merging_experiment_brings_runs_of_equal_settings_together(folder):
-    for name in ("one", "two"):
-        run(name)
+@pytest.mark.usefixtures("after")
+def test_a_merging_experiment_brings_runs_of_equal_settings_together():
     page = run("both").read_text()
     first, _, second = page.split("\n## ")
     rows = [line.split("|")[2].strip() for line in first.splitlines() if line.startswith("| gaussians-2d-horizon-3 |")]
@@ -117,8 +140,8 @@ def test_a_bad_policy_names_its_arm(folder):
         run("bad.yaml")
 
 
-def test_a_damaged_result_is_made_again(folder):
-    run("one")
+@pytest.mark.usefixtures("after")
+def test_a_damaged_result_is_made_again():
     Path("out/one/short/results.json").write_text("{")
     ran = []
     run("one", ran=ran)

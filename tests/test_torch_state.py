@@ -180,8 +180,8 @@ def episode(**options: Any) -> list[Any]:
     ],
     ids=["extended", "fresh"],
 )
-def test_an_environment_is_the_same(state, options):
-    same_in(state, lambda: episode(task="gaussians-2d", **options))
+def test_an_environment_is_the_same(options):
+    same_in(everything, lambda: episode(task="gaussians-2d", **options))
 
 
 def test_an_extended_environment_of_a_vae_is_the_same():

@@ -94,8 +94,7 @@ def _open(path: Path) -> int:
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         except OSError as error:
             # who held the lock may just have removed the folder, which was empty; that does not happen again and again
-            vanished = isinstance(error, FileNotFoundError | FileExistsError) and not folder.exists()
-            if vanished and attempt < MOST_ATTEMPTS:
+            if isinstance(error, FileNotFoundError | FileExistsError) and attempt < MOST_ATTEMPTS:
                 continue
             what = "write to" if folder.is_dir() else "make"
             raise FileError(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import scipy  # loads its stats when they are used, which takes a second
 import torch
-from scipy.stats import binomtest, mannwhitneyu
 from torch import Tensor
 
 CHUNK = 1000
@@ -16,7 +16,7 @@ COPY_QUANTILE = 0.001
 
 def wilson_interval(hits: int, n: int) -> tuple[float, float]:
     """95 % Wilson score interval of a share of ``hits`` in ``n``; Wilson (1927)."""
-    interval = binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    interval = scipy.stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -26,7 +26,7 @@ def membership_auc(member_losses: Tensor, other_losses: Tensor) -> float:
     The chance that a member's loss ``(N,)`` is below that of data never seen ``(M,)``, ties half: in [0, 1]. 1: every
     member stands out; 0.5: none does, as after perfect forgetting; below 0.5: members have suspiciously high losses.
     """
-    statistic = mannwhitneyu(member_losses.numpy(), other_losses.numpy()).statistic
+    statistic = scipy.stats.mannwhitneyu(member_losses.numpy(), other_losses.numpy()).statistic
     return 1.0 - float(statistic) / (len(member_losses) * len(other_losses))
 
 

@@ -11,8 +11,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy  # loads its stats when they are used, which takes a second
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from unlearn_gym.errors import ResultsError
 
@@ -141,7 +141,7 @@ def paired_p_value(values: dict[int, float], baseline: dict[int, float]) -> floa
 
 # scipy.stats.wilcoxon gives the same without ties, takes 30 to 60 ms with them and is not exact from 14 pairs on.
 def _signed_rank_p_value(differences: Array) -> float:
-    ranks = np.rint(2 * rankdata(np.abs(differences))).astype(int)  # tied ranks are halves
+    ranks = np.rint(2 * scipy.stats.rankdata(np.abs(differences))).astype(int)  # tied ranks are halves
     total = int(ranks.sum())
     probability = np.zeros(total + 1)  # of each sum of the ranks whose sign is +
     probability[0] = 1.0
