@@ -43,7 +43,7 @@ from unlearn_gym.tasks.cifar import CLASSES, NETWORK
 
 from .conftest import TASKS
 
-TINY = UNetConfig(image_channels=3, image_size=32, channels=(8, 16), num_blocks=1, embedding_dim=16, num_classes=10)
+TINY = UNetConfig(image_channels=3, image_size=32, channels=(8, 8), num_blocks=1, embedding_dim=16, num_classes=10)
 NUM_BATCH, NUM_TEST = 40, 250
 
 

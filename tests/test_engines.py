@@ -32,7 +32,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 @pytest.fixture(scope="module", autouse=True)
 def local_ray():
     before = signal.getsignal(signal.SIGTERM)
-    ray = engines._connect(2)
+    ray = engines._connect(1)
     assert signal.getsignal(signal.SIGTERM) == before  # Ray puts a handler of its own
     yield
     ray.shutdown()

@@ -66,7 +66,8 @@ def test_both_checkers_pass(task):
     env = gym.make("SISSUnlearn-v0", task=task, observation="extended", horizon=3, batch_size=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        sb3_check(RescaleAction(env, np.float32(-1), np.float32(1)))
+        if task == "gaussians-2d":  # for models of images it checks nothing more
+            sb3_check(RescaleAction(env, np.float32(-1), np.float32(1)))
         warnings.filterwarnings("ignore", message=".*symmetric and normalized space")
         gymnasium_check(env.unwrapped)
 

@@ -190,7 +190,7 @@ def test_every_sample_has_its_own_label(figure, at):
         return gaussian(x_t, timesteps, None) + (labels * at(timesteps, 0)).view(-1, 1, 1, 1)
 
     right = figure(predict, x, ALPHAS, labels=torch.zeros(3), generator=seeded(), batch_size=2)
-    for worse in range(3):
+    for worse in (1, 2):  # in the first batch and in the second
         labels = torch.eye(3)[worse]
         nll = figure(predict, x, ALPHAS, labels=labels, generator=seeded(), batch_size=2)
         assert (nll > right + 0.1).tolist() == labels.bool().tolist()
@@ -198,8 +198,8 @@ def test_every_sample_has_its_own_label(figure, at):
 
 def test_pretrained_ring_is_ordered_as_theory_has_it():
     task = get_task("gaussians-2d")
-    x, model = ring_points(1000), task.pretrained_model()
-    nll = ode_nll(model, x, RING_ALPHAS, generator=seeded(), num_levels=None, batch_size=1000).mean()
+    x, model = ring_points(400), task.pretrained_model()
+    nll = ode_nll(model, x, RING_ALPHAS, generator=seeded(), num_levels=None, batch_size=400).mean()
     bound = variational_bound(model, x, RING_ALPHAS, generator=seeded(), num_levels=None, batch_size=8000).mean()
     assert ring_bits(x).mean() < nll < bound < nll + 0.3
 
