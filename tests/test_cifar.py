@@ -256,7 +256,7 @@ def test_members_of_a_trained_family_run_on_its_weights_and_say_how_to_make_an_o
 
 
 def test_a_comparison_without_a_classifier_reports_what_there_is(trained, root, tmp_path):
-    evaluation = EvaluationSettings(200, 200, num_inference_steps=2)
+    evaluation = EvaluationSettings(20, 200, num_inference_steps=2)
     comparison = Comparison(trained, ("static:0.5",), (0,), {"horizon": 2, "batch_size": 4}, evaluation, str(root))
     results = run_comparison(comparison, tmp_path)
     report = write_report(results, tmp_path).read_text()

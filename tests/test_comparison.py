@@ -13,13 +13,14 @@ import sys
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from unlearn_gym.errors import LockError, PolicyError, ResultsError, SettingsError
 from unlearn_gym.evaluation import tables
 from unlearn_gym.evaluation.cell import FINETUNE, ORACLE, UNTOUCHED, pack_samples, unpack_samples
 from unlearn_gym.evaluation.comparison import Comparison, default_policies, run_comparison
 from unlearn_gym.evaluation.judge import EvaluationSettings
-from unlearn_gym.evaluation.records import ResultsRecord, with_checksum
+from unlearn_gym.evaluation.records import Pictures, ResultsRecord, with_checksum
 from unlearn_gym.evaluation.report import verdict, write_report
 from unlearn_gym.evaluation.results import CELL_FORMAT, Results, load_results, merge_results
 from unlearn_gym.evaluation.store import CellStore
@@ -231,6 +232,15 @@ def test_what_would_break_a_report_is_refused(path, new, finished, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(damaged(raw, ("cells", 0, *path), new)))
     with pytest.raises(ResultsError, match="is damaged"):
         load_results(tmp_path)
+
+
+def test_a_picture_beyond_the_last_one_is_refused(finished):
+    pictures = next(cell["pictures"] for cell in finished[0].cells if cell.get("pictures"))
+    count = pictures["forget"]["shape"][0]
+    assert Pictures.model_validate(pictures | {"forget_hits": [0, count - 1]})
+    for hit in (-1, count):
+        with pytest.raises(ValidationError, match="out of range"):
+            Pictures.model_validate(pictures | {"forget_hits": [hit]})
 
 
 def test_no_changed_value_of_a_results_file_is_believed(finished, tmp_path):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from unlearn_gym import files
+from unlearn_gym import files, locks
 from unlearn_gym.errors import FileError, LockError, PolicyError, WeightsError
 from unlearn_gym.evaluation.pictures import save
 from unlearn_gym.files import checksum, replacing, write_json, write_text
@@ -239,6 +239,21 @@ def test_many_threads_hold_a_lock_one_at_a_time(tmp_path):
         thread.join()
     assert set(most) == {1}
     assert won
+
+
+def test_a_lock_whose_file_its_last_holder_has_just_removed_is_taken_anew(tmp_path, monkeypatch):
+    real, removed = locks._lock, []
+
+    def lock(descriptor, folder):
+        real(descriptor, folder)
+        if not removed:
+            removed.append(descriptor)
+            (folder / LOCK).unlink()
+
+    monkeypatch.setattr(locks, "_lock", lock)
+    with folder_lock(tmp_path):
+        assert (tmp_path / LOCK).exists()  # who comes next sees it
+    assert removed
 
 
 def test_no_changed_bit_of_a_checkpoint_is_believed(tmp_path):
