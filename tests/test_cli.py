@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -54,6 +56,11 @@ def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["compare", "--data-root", "nowhere"], "nowhere is not a folder"),
         (["pretrain", "--task", "nothing"], "unknown task 'nothing'"),
         (["pretrain", "--task", "gaussians-2d", "--updates", "0"], "updates=0"),
+        (
+            ["pretrain", "--task", "gaussians-2d", "--seed", str(2**32)],
+            f"seed={2**32}: Input should be less than {2**32}",
+        ),
+        (["train-classifier", "--data-root", ".", "--seed", "-1"], "seed=-1 must lie in 0..4294967295"),
         (["train-classifier"], "give --data-root"),
         (["report", "nowhere"], "no results.json in nowhere"),
         (["report"], "name at least one folder"),
@@ -85,6 +92,15 @@ def test_bad_input_of_the_installed_command(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.strip().splitlines()[-1].startswith("unlearn-gym: jobs=0")
     assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_without_a_word():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "unlearn_gym.cli", "metrics"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 SIZES = ["--task", "gaussians-2d", "--forget-samples", "200", "--quality-samples", "200"]

@@ -30,7 +30,7 @@ from unlearn_gym.objectives.score_forgetting import SCORE_TIMESTEPS
 from unlearn_gym.pretraining import MEASURED_BATCH, one_cycle
 from unlearn_gym.tasks import Task
 from unlearn_gym.torch_state import initial_weights_from, insulated
-from unlearn_gym.values import Checked
+from unlearn_gym.values import SEEDS, Checked
 
 
 class DistillationSettings(Checked):
@@ -44,7 +44,7 @@ class DistillationSettings(Checked):
     fake_learning_rate: float = Field(5e-4, gt=0)
     score_alpha: float = Field(1.2, ge=0)
     ema_decay: float = Field(0.999, ge=0, lt=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=SEEDS)
     checkpoint_every: int = Field(250, ge=1)
 
 

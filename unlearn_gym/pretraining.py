@@ -25,7 +25,7 @@ from unlearn_gym.models.weights import read_checkpoint, save_checkpoint, save_we
 from unlearn_gym.tasks import Task, TaskData, to_model_range
 from unlearn_gym.tasks.probe import set_losses
 from unlearn_gym.torch_state import initial_weights_from, insulated
-from unlearn_gym.values import Checked
+from unlearn_gym.values import SEEDS, Checked
 
 PROBE_SIZE = 1000
 MEASURED_BATCH = 1024
@@ -44,7 +44,7 @@ class PretrainSettings(Checked):
     max_learning_rate: float = Field(2e-3, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
     ema_decay: float = Field(0.999, ge=0, lt=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=SEEDS)
     checkpoint_every: int = Field(500, ge=1)
 
 

@@ -19,6 +19,7 @@ from unlearn_gym.models.weights import save_weights
 from unlearn_gym.pretraining import one_cycle
 from unlearn_gym.tasks.data import load_torchvision, to_model_range
 from unlearn_gym.torch_state import initial_weights_from, insulated
+from unlearn_gym.values import SEEDS
 
 MAX_SHIFT = 2
 MAX_NOISE = 0.3
@@ -77,6 +78,8 @@ def train_classifier(
     """
     if updates < 1 or batch_size < 1:
         raise SettingsError(f"updates={shown(updates)} and batch_size={shown(batch_size)} must be at least 1")
+    if not 0 <= seed < SEEDS:
+        raise SettingsError(f"seed={shown(seed)} must lie in 0..{SEEDS - 1}")
     check_memory(2 * 8 * updates * batch_size, f"updates={shown(updates)}, batch_size={shown(batch_size)}")
     with folder_lock(out):
         return _train(root, out, updates, batch_size, seed, download, command, progress)

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from unlearn_gym.errors import ActionError, shown
 
+SEEDS = 2**32
+"""How many seeds differ: torch's CPU generator reads the lower 32 bits alone."""
+
 
 def is_whole(value: Any) -> TypeGuard[int]:
     """Whether ``value`` is a whole number, Python's or numpy's: ``True`` does not count."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -48,10 +50,14 @@ def main() -> None:
         check_texts(sys.argv)
         with signals_as_interrupts():
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="unlearn-gym", description=DESCRIPTION)
+        sys.stdout.flush()
     except UnlearnGymError as error:
         sys.exit(_fail(line_with_log(error)))
     except ValidationError as error:
         sys.exit(_fail(describe_validation_error(error)))
+    except BrokenPipeError:  # who reads has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be written at exit
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         sys.exit(_fail(f"{error}; check the path and its permissions"))
     except Terminated as ended:
