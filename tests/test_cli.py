@@ -58,7 +58,7 @@ def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["pretrain", "--task", "gaussians-2d", "--updates", "0"], "updates=0"),
         (
             ["pretrain", "--task", "gaussians-2d", "--seed", str(2**32)],
-            f"seed={2**32}: Input should be less than {2**32}",
+            "seed=4294967296: Input should be less than",
         ),
         (["train-classifier", "--data-root", ".", "--seed", "-1"], "seed=-1 must lie in 0..4294967295"),
         (["train-classifier"], "give --data-root"),
