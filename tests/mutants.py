@@ -142,7 +142,7 @@ MUTANTS = [
     Mutant("crossing-strictly-above", "evaluation/matched.py", "point.forget_loss >= level", "point.forget_loss > level", "statistics"),
     Mutant("runs-go-on-after-divergence", "evaluation/matched.py", "            break\n        points.append", "            continue\n        points.append", "statistics"),
     Mutant("levels-evenly-apart", "evaluation/matched.py", "start * (cap / start) ** share", "start + (cap - start) * share", "statistics"),
-    # what survived an adversary
+    # mutants that the tests had missed in a review
     Mutant("a-removed-lock-is-held", "locks.py", "return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor))", "return True", "file_writing"),
     Mutant("a-vanished-folder-ends-it", "locks.py", "and attempt < MOST_ATTEMPTS", "and False", "file_writing::test_many_threads_hold_a_lock_one_at_a_time"),
     Mutant("a-picture-too-many", "evaluation/records.py", "0 <= hit < self.forget.shape[0]", "0 <= hit <= self.forget.shape[0]", "comparison::test_a_picture_beyond_the_last_one_is_refused"),
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="only look whether the table fits the code")
     args = parser.parse_args(arguments)
     chosen = [m for m in MUTANTS if not args.only or any(part in m.name for part in args.only)]
-    faults = unfit(MUTANTS) or ([] if chosen else [f"no mutant is named like {args.only}"])
+    faults = table_errors(MUTANTS) or ([] if chosen else [f"no mutant is named like {args.only}"])
     if faults or args.check:
         print("\n".join(faults) or f"{len(MUTANTS)} mutants fit the code")
         return 1 if faults else 0
@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_all(chosen, args.jobs, Path(folder))
 
 
-def unfit(mutants: Sequence[Mutant]) -> list[str]:
+def table_errors(mutants: Sequence[Mutant]) -> list[str]:
     """A line for each mutant that is not applicable, or whose name another has."""
     names = [m.name for m in mutants]
     lines = [f"{name}: two mutants have this name" for name in sorted({n for n in names if names.count(n) > 1})]
@@ -174,11 +174,11 @@ def unfit(mutants: Sequence[Mutant]) -> list[str]:
         count = (ROOT / m.path).read_text().count(m.old)
         if count != 1:
             lines.append(f"{m.name}: {m.path} holds {m.old!r} {count} times, not once; mend the table")
-        lines += [f"{m.name}: there is no {test}" for test in tests_of(m) if not there(test)]
+        lines += [f"{m.name}: there is no {test}" for test in tests_of(m) if not test_exists(test)]
     return lines
 
 
-def there(name: str) -> bool:
+def test_exists(name: str) -> bool:
     file, _, test = name.partition("::")
     return (ROOT / file).is_file() and (not test or f"def {test}(" in (ROOT / file).read_text())
 
@@ -194,12 +194,12 @@ def run_all(chosen: Sequence[Mutant], jobs: int, folder: Path) -> int:
     for i in range(jobs):
         copies.put(copy_tree(folder / str(i)))
     with ThreadPoolExecutor(jobs) as pool:
-        status = borrow(copies, None, sorted({test for m in chosen for test in tests_of(m)}))
+        status = run_tests(copies, None, sorted({test for m in chosen for test in tests_of(m)}))
         if status != 0:
             print(f"without any mutant these tests fail (pytest: {status}), so that nothing follows from them")
             return 1
         survivors = []
-        for m, status in zip(chosen, pool.map(lambda m: borrow(copies, m, tests_of(m)), chosen), strict=True):
+        for m, status in zip(chosen, pool.map(lambda m: run_tests(copies, m, tests_of(m)), chosen), strict=True):
             verdict = {0: "SURVIVED", 1: "killed", None: "killed (no end)"}.get(status, f"broken (pytest: {status})")
             survivors += [m.name] * (not verdict.startswith("killed"))
             print(f"{verdict:10} {m.name} ({m.tests})", flush=True)
@@ -217,7 +217,7 @@ def copy_tree(target: Path) -> Path:
     return target
 
 
-def borrow(copies: Queue[Path], mutant: Mutant | None, tests: Sequence[str]) -> int | None:
+def run_tests(copies: Queue[Path], mutant: Mutant | None, tests: Sequence[str]) -> int | None:
     """pytest's exit status for ``tests`` on a copy of the tree with the mutant in it; None where it does not end."""
     tree = copies.get()
     whole = None if mutant is None else (tree / mutant.path).read_text()

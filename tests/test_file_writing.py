@@ -123,8 +123,9 @@ def test_only_regular_files_are_replaced_and_only_in_folders(tmp_path):
     assert device.is_symlink()
 
 
-def test_a_name_as_long_as_the_file_system_allows_can_be_written(tmp_path):
-    path = tmp_path / ("n" * 255)
+@pytest.mark.parametrize("letter", ["n", "ü", "忘"])
+def test_a_name_as_long_as_the_file_system_allows_can_be_written(letter, tmp_path):
+    path = tmp_path / (letter * (255 // len(letter.encode())))
     write_text(path, "new")
     assert path.read_text() == "new"
 

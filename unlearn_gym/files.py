@@ -19,8 +19,8 @@ from pydantic import BaseModel, ValidationError
 from unlearn_gym.errors import FileError, UnlearnGymError, describe_validation_error, error_line, shown
 
 Schema = TypeVar("Schema", bound=BaseModel)
-LONGEST_STEM = 100
-"""Characters of a file's name that its temporary name keeps: file systems allow 255 bytes in all."""
+MAX_NAME_BYTES = 100
+"""Bytes of a file's name that its temporary name keeps: file systems allow 255 in all."""
 
 
 @contextlib.contextmanager
@@ -29,8 +29,9 @@ def replacing(path: Path) -> Iterator[BufferedWriter]:
 
     The temporary file has a random name in the same folder and is opened exclusively: concurrent writers do not
     collide, and no symbolic link is followed. A link at ``path`` itself is replaced by the file.
-    After an exception ``path`` is what it was, and nothing else is left. Raises :class:`FileError` for what the
-    operating system refuses, such as a full disk, and where ``path`` is a folder or a device.
+    After an exception ``path`` is unchanged and the temporary file is gone; folders that were made stay. Raises
+    :class:`FileError` for what the operating system refuses, such as a full disk, and where ``path`` is a folder or a
+    device.
     """
     try:
         if b"\0" in os.fsencode(path):
@@ -54,14 +55,15 @@ def replacing(path: Path) -> Iterator[BufferedWriter]:
         raise
     except OSError as error:
         raise FileError(
-            f"cannot write {path} ({error.strerror or error}); make room or choose another place: "
-            "what was there before is unchanged"
+            f"cannot write {path} ({error.strerror or error}); mend that or choose another path: what was "
+            "there before is unchanged"
         ) from None
 
 
 def _new_file(path: Path) -> BufferedWriter:
+    start = os.fsencode(path.name)[:MAX_NAME_BYTES].decode(errors="ignore")
     while True:
-        temporary = path.with_name(f".{path.name[:LONGEST_STEM]}.{secrets.token_hex(8)}.partial")
+        temporary = path.with_name(f".{start}.{secrets.token_hex(8)}.partial")
         with contextlib.suppress(FileExistsError):
             return temporary.open("xb")
 
@@ -142,7 +144,7 @@ LARGEST_YAML = 2**20
 MOST_NODES = 100_000
 """Values that a YAML file may hold once its aliases are written out."""
 DEEPEST = 64
-"""Levels that a YAML file may nest; Python's JSON parser allows just under a thousand."""
+"""Levels that a YAML file may nest. The limit for JSON is Python's own and differs between its versions."""
 
 
 def read_json(path: Path) -> Any:
@@ -169,8 +171,8 @@ def read_yaml(path: Path, loader: type[CheckedLoader] | None = None) -> Any:
     """The value in a YAML file, made of plain values alone; ``loader`` may know more tags.
 
     Raises ``OSError``, or :class:`FormatError` for what is no YAML, for a key that is twice in a mapping, and for a
-    file above :data:`LARGEST_YAML`, :data:`MOST_NODES` or :data:`DEEPEST`. Numbers are written as in YAML 1.2: 1e-4 is
-    one.
+    file above :data:`LARGEST_YAML`, :data:`MOST_NODES` or :data:`DEEPEST`. Unlike PyYAML, it reads 1e-4 as a number;
+    all other numbers follow YAML 1.1.
     """
     try:
         return yaml.load(_read_bytes(path, LARGEST_YAML).decode("utf-8"), loader or CheckedLoader)

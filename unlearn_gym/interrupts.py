@@ -14,7 +14,7 @@ INTERRUPTED = 130
 
 
 def command_name(argv0: str, original: list[str]) -> str | None:
-    """The command that ``sys.argv[0]`` and ``sys.orig_argv`` begin, such as ``agents.tune``; None for other programs.
+    """The package's command that this process was started as, such as ``agents.tune``; None for other programs.
 
     ``sys.orig_argv`` decides, because workers inherit their parent's ``sys.argv``. ``sys.argv[0]`` is ``-m`` while
     Python still locates the module.

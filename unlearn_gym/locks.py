@@ -20,7 +20,8 @@ LOCK = ".lock"
 MOST_ATTEMPTS = 1000
 """How often a folder may vanish while it is being locked, before it is taken for one that cannot be made."""
 _held: ContextVar[frozenset[Path]] = ContextVar("_held", default=frozenset())
-"""Folders that this thread has locked: a command may lock what a function that it calls locks too."""
+"""Folders that this thread has locked. Locking one of them again succeeds at once: a command and a function that it
+calls may both lock it."""
 
 
 class Holder(BaseModel):
@@ -130,7 +131,7 @@ def _holder(descriptor: int) -> str:
     try:
         return str(Holder.model_validate_json(os.pread(descriptor, 4096, 0)))
     except ValidationError:
-        return "another process, whose name cannot be read, is writing to it"
+        return "another process or thread, which cannot be read from the lock, is writing to it"
 
 
 def _is_still(path: Path, descriptor: int) -> bool:

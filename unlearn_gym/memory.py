@@ -1,4 +1,4 @@
-"""What a computation takes in memory, asked before it is begun: running out of it kills the process without a word."""
+"""How much memory a computation needs, estimated before it begins: Linux kills a process that runs out of it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _gib(count: float) -> str:
 
 
 def total_memory(device: str = "cpu") -> float:
-    """Bytes of memory of ``device``; of this machine or the container's share of it for a CPU; inf if unknown."""
+    """Bytes of memory of a CUDA device; for any other, the machine's or the container's limit; inf if unknown."""
     if device.startswith("cuda"):
         import torch
 

@@ -29,7 +29,8 @@ class Terminated(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def signals_as_interrupts() -> Iterator[None]:
-    """Raise :class:`Terminated` in the main thread when one of ``TERMINATION_SIGNALS`` comes; repeats are ignored.
+    """Raise :class:`Terminated` in the main thread when one of ``TERMINATION_SIGNALS`` comes. The
+    same signal again is ignored; the other one raises again.
 
     Signals for which something else is in place, as ``nohup`` has it for SIGHUP, are left to it.
     """

@@ -31,7 +31,8 @@ def is_real(value: Any) -> TypeGuard[float]:
 def one_number(value: Any) -> float:
     """The real number that ``value`` is, or holds as an array, list or tensor of shape ``()`` or ``(1,)``.
 
-    A tensor may require a gradient, and be of any floating type and on any device. Raises :class:`ActionError` for all
+    A tensor may require a gradient, be on any device, and have any integer or floating type. NaN and infinity are
+    returned as they are. Raises :class:`ActionError` for all
     that is no number (texts, truth values, complex numbers, masked entries) and for more or fewer than one.
     """
     if isinstance(value, float | np.floating):

@@ -24,13 +24,13 @@ NEEDED_METRICS = {"forget_loss", "retain_loss"}
 
 
 class Record(BaseModel):
-    """A part of a file: values of just these types, no infinite number, and fields of other versions let be."""
+    """Base of all records: types are strict, numbers are finite, and unknown fields are kept."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _not_null(self) -> Self:
-        """Optional fields are omitted, never null."""
+        """A file omits ``trace``, ``probe`` and ``pictures`` where there are none; it never has them as null."""
         for name in ("trace", "probe", "pictures"):
             if name in self.model_fields_set and getattr(self, name) is None:
                 raise ValueError(f"{name} is null")
@@ -254,7 +254,7 @@ def read_results(path: Path, format_number: int) -> dict[str, Any]:
 
 
 def read_cells(path: Path, format_number: int) -> tuple[list[dict[str, Any]], str | None]:
-    """The cells of a ``results.json`` that are sound, of a whole file or not, and what is wrong with the others."""
+    """The undamaged cells of a ``results.json``, even if the rest of it is damaged, and a message about the others."""
     if not path.exists():
         return [], None
     try:

@@ -140,9 +140,10 @@ def _is_of_agents_train(agent: Path) -> bool:
 def find_statistics(agent: Path, entries: int, *, trust: bool = False) -> Statistics | None:
     """The statistics of an agent whose observations have so many ``entries``; None for one that was trained without.
 
-    Raises :class:`PolicyError` for statistics that are damaged or of another shape, for statistics that the agent's
-    training record names and that are missing, and for wrappers in that record that a policy cannot apply. ``trust``
-    opens a file that names more than ``ADMITTED`` as the pickle that it is.
+    Raises :class:`PolicyError` for statistics that are damaged or of another shape, for missing ones where the
+    training record (the zoo's ``config.yml``) says that observations were normalised, and for wrappers in that record
+    that a policy cannot apply. With ``trust`` a file that refers to anything outside ``ADMITTED`` is unpickled, which
+    can run any code.
     """
     normalized = not _is_of_agents_train(agent) and _check_record(agent)
     path = statistics_path(agent)

@@ -49,8 +49,8 @@ class PickleNeededError(PolicyError):
 def needs_pickles(path: Path, reason: str) -> PickleNeededError:
     """The error that says what is missing, and what opens the file all the same."""
     return PickleNeededError(
-        f"{path}: {reason}; only its pickles could tell, and opening them can run any code: if you trust the file's "
-        "source, add --trust (in Python trust=True)"
+        f"{path}: {reason}; only unpickling it would tell, and that can run any code: if you trust the file's source, "
+        "add --trust (in Python trust=True)"
     )
 
 

@@ -62,8 +62,8 @@ def save_model(model: nn.Module, task: Task, path: str | os.PathLike[str]) -> Pa
 
     A path that ends with ``.safetensors`` becomes one file, which :func:`load_model`, ``unlearn-gym evaluate`` and
     every reader of safetensors know. Any other path becomes, for a network of diffusers, a folder in that library's
-    layout, which its ``from_pretrained`` and :func:`unlearn_gym.tasks.diffusers_pipeline.diffusers_task` read; what
-    embeds the labels for cross-attention is beside it as ``class_embedding.safetensors``.
+    layout, which its ``from_pretrained`` and :func:`unlearn_gym.tasks.diffusers_pipeline.diffusers_task` read; it
+    also holds the vectors that stand for the labels in cross-attention, as ``class_embedding.safetensors``.
 
     Raises :class:`SettingsError` for a path without ``.safetensors`` unless the model is a network of diffusers, and
     for a folder that exists and is not empty.
@@ -127,7 +127,7 @@ def load_model(path: str | os.PathLike[str], task: Task | str | None = None) -> 
 
 
 def check_header(header: Header | None, task: Task, path: str | os.PathLike[str]) -> None:
-    """Raise :class:`WeightsError` where ``header``, that of ``path``, says that its model is of another task family."""
+    """Raise :class:`WeightsError` if the header names another task, up to its ``:``, or another noise schedule."""
     if header is None:
         return
     if header.task.partition(":")[0] != task.name.partition(":")[0]:
