@@ -144,7 +144,7 @@ MUTANTS = [
     Mutant("levels-evenly-apart", "evaluation/matched.py", "start * (cap / start) ** share", "start + (cap - start) * share", "statistics"),
     # mutants that the tests had missed in a review
     Mutant("a-removed-lock-is-held", "locks.py", "return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor))", "return True", "file_writing"),
-    Mutant("a-vanished-folder-ends-it", "locks.py", "and attempt < MOST_ATTEMPTS", "and False", "file_writing::test_many_threads_hold_a_lock_one_at_a_time"),
+    Mutant("a-vanished-folder-ends-it", "locks.py", "and attempt < MOST_ATTEMPTS", "and False", "file_writing::test_a_folder_that_vanishes_while_it_is_locked_is_made_again"),
     Mutant("a-picture-too-many", "evaluation/records.py", "0 <= hit < self.forget.shape[0]", "0 <= hit <= self.forget.shape[0]", "comparison::test_a_picture_beyond_the_last_one_is_refused"),
     Mutant("a-zip-of-any-size", "policies/sb3_file.py", "if size > MAX_BYTES[name]:", "if False:", "agent_files::test_an_entry_too_large_for_an_agent_is_not_unpacked"),
 ]  # fmt: skip

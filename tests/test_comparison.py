@@ -70,11 +70,14 @@ def test_two_processes_give_the_cells_of_one_for_a_task_of_ones_own_too(finished
         assert cell == same
 
 
-def test_cells_of_other_settings_are_run_again(finished, tmp_path):
+def test_cells_of_other_settings_are_run_again_and_those_before_are_kept_with_a_word(finished, tmp_path, capsys):
     first = run_comparison(small(seeds=(0,)), tmp_path)
+    run_comparison(small(seeds=(0,)), tmp_path)
+    assert not capsys.readouterr().err
     second = run_comparison(small(seeds=(0,), learning_rate=1e-3), tmp_path)
     keys = [{cell["key"] for cell in results.cells} for results in (first, second)]
     assert not keys[0] & keys[1]
+    assert f"{tmp_path} has 5 runs of other settings" in capsys.readouterr().err
     assert len(list((tmp_path / "cells").iterdir())) == 10  # and the first ones are kept beside them
 
 

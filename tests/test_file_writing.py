@@ -242,6 +242,21 @@ def test_many_threads_hold_a_lock_one_at_a_time(tmp_path):
     assert won
 
 
+def test_a_folder_that_vanishes_while_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    real, vanished = os.open, []
+
+    def open_(path, *arguments):
+        if not vanished:
+            vanished.append(path)
+            Path(path).parent.rmdir()
+        return real(path, *arguments)
+
+    monkeypatch.setattr(os, "open", open_)
+    with folder_lock(tmp_path / "out"):
+        assert (tmp_path / "out" / LOCK).exists()
+    assert vanished
+
+
 def test_a_lock_whose_file_its_last_holder_has_just_removed_is_taken_anew(tmp_path, monkeypatch):
     real, removed = locks._lock, []
 

@@ -158,7 +158,7 @@ def test_variance_policy_works_in_a_range_between_grid_points():
         ("nowhere.zip", "no agent at nowhere.zip"),
         ("no_such_module:policy", "cannot import"),
         ("json:no_such_thing", "has no 'no_such_thing'"),
-        ("sys:version", "neither a LambdaPolicy nor a function"),
+        ("sys:version", "neither a function obs -> lambda_ nor an object with the methods reset"),
     ],
 )
 def test_bad_names_are_one_line_with_the_remedy(spec, message):

@@ -34,7 +34,11 @@ def compare(
     task: str = "mnist-trousers",
     policies: Annotated[
         tuple[str, ...],
-        tyro.conf.arg(help="as in the README, also mine=path/to/agent.zip; default: all that ship"),
+        tyro.conf.arg(
+            help="as in the README, also mine=path/to/agent.zip; left out: finetune, static:0.1, :0.5 and :0.9, prior, "
+            "random, cosine, the four variational estimators, and ppo and ppo-potential where they ship for the task",
+            help_behavior_hint="",
+        ),
     ] = (),
     seeds: Annotated[int, tyro.conf.arg(help="runs of every policy")] = 3,
     first_seed: Annotated[int, tyro.conf.arg(help="seeds are FIRST_SEED, FIRST_SEED + 1, …")] = 0,

@@ -233,6 +233,12 @@ def _run_comparison(
     if save_models:
         saved = {n: store.model_path(*n, keys[n[0]]).is_file() for n in found}
         found = {n: cell for n, cell in found.items() if saved[n] or cell["diverged"]}
+    others = [c for c in before if keys.get(c["policy"]) != c.get("key") or (c["policy"], c["seed"]) not in cells]
+    if others:
+        tell(
+            f"{out} has {len(others)} runs of other settings, policies or seeds: they stay in {out / 'cells'}, and "
+            "results and report will be of this comparison alone"
+        )
     if store.faults:
         tell(f"{len(store.faults)} stored runs are not believed and run again; the first: {store.faults[0]}")
     comparison.try_policies(dict.fromkeys(policy for policy, seed in cells if (policy, seed) not in found))
@@ -256,9 +262,8 @@ def _run_comparison(
         "format": CELL_FORMAT,
         "comparison": asdict(comparison), **_provenance(comparison, command), "cells": [found[name] for name in cells]
     }  # fmt: skip
-    for cell in (cell for cell in before if cell.get("key") is not None):
-        if found.get((cell["policy"], cell["seed"]), {}).get("key") != cell.get("key"):
-            store.write(cell)
+    for cell in (cell for cell in others if cell.get("key") is not None):
+        store.write(cell)
     write_results(out / "results.json", raw)
     return Results(raw)
 

@@ -74,7 +74,10 @@ def load_own_policy(module: str, attribute: str) -> LambdaPolicy:
             return found
     if callable(found):
         return FunctionPolicy(found)
-    raise PolicyError(f"policy {name!r} is neither a LambdaPolicy nor a function obs -> lambda_")
+    raise PolicyError(
+        f"policy {name!r} is neither a function obs -> lambda_ nor an object with the methods reset(seed) and "
+        "act(obs, info)"
+    )
 
 
 def module_spec(module: str) -> ModuleSpec | None:
