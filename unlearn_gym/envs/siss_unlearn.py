@@ -34,7 +34,10 @@ def parse_action(action: Any, lambda_min: float, lambda_max: float) -> float:
     """The one λ in ``action``, see :func:`unlearn_gym.values.one_number`; raises :class:`ActionError`."""
     lambda_ = one_number(action)
     if not lambda_min - ACTION_TOLERANCE <= lambda_ <= lambda_max + ACTION_TOLERANCE:
-        raise ActionError(f"λ={lambda_} must lie in [{lambda_min}, {lambda_max}]")
+        raise ActionError(
+            f"λ={lambda_} must lie in [{lambda_min}, {lambda_max}]; for an agent that acts in [-1, 1], wrap the "
+            "environment in gymnasium.wrappers.RescaleAction"
+        )
     return min(max(lambda_, lambda_min), lambda_max)
 
 
