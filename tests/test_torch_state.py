@@ -295,12 +295,57 @@ def test_a_network_without_a_graph_is_refused_and_not_taken_for_a_side_left_out(
     assert run.updates == 0
 
 
-def test_parameters_that_the_run_does_not_train_are_noticed():
-    """Weights put in place of the run's own, and a graph that leads to other tensors, give two gradients of zero."""
-    run = make_run()
-    run.model.load_state_dict({k: v.clone() for k, v in run.model.state_dict().items()}, assign=True)
-    with pytest.raises(RunError, match="neither loss has a gradient"):
+def replace_all(model: torch.nn.Module) -> None:
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+
+
+def replace_one(model: torch.nn.Module) -> None:
+    name, value = next(iter(model.state_dict().items()))
+    model.load_state_dict({name: value.clone()}, strict=False, assign=True)
+
+
+@pytest.mark.parametrize("replace", [replace_all, replace_one, torch.nn.Module.double])
+def test_parameters_that_the_run_does_not_train_are_noticed_before_anything_is_drawn(replace):
+    run = make_run(forget_grad_rule="loss", grad_norms="every:4")
+    run.update(0.5)
+    stack = StackedRuns([make_run(), make_run()])
+    stack.update({0: 0.5, 1: 0.5})
+    replace(run.model)
+    replace(stack.runs[1].model)
+    before = run.generator.get_state(), stack.runs[0].generator.get_state()
+    with pytest.raises(RunError, match="not those that the run trains"):
         run.update(0.5)
+    with pytest.raises(RunError, match="not those that the run trains"):
+        stack.update({0: 0.5, 1: 0.5})
+    assert torch.equal(before[0], run.generator.get_state())
+    assert torch.equal(before[1], stack.runs[0].generator.get_state())
+
+
+class Dying(torch.nn.Module):
+    """A network whose units are all dead in some batches, or, ``apart``, one that never asks its weights."""
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        with initial_weights_from(0):
+            self.inner, self.outer = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2, bias=False)
+        self.apart = apart
+
+    def forward(self, x_t, timesteps, labels=None):
+        x = torch.cat([x_t, timesteps[:, None].float() / 1000], 1)
+        hidden = torch.relu(self.inner(x) if not self.apart else torch.zeros(len(x), 4, requires_grad=True))
+        return self.outer(hidden) if not self.apart else hidden[:, :2] * 1.0
+
+
+def test_a_batch_without_a_gradient_is_none_of_a_network_that_cannot_learn():
+    task = get_task("gaussians-2d")
+    settings = task.settings.override(batch_size=1)
+    run = UnlearningRun(Dying(apart=False), load_data(task), task.schedule.alphas_cumprod(), settings)
+    norms = [run.update(0.5).retain_grad_norm for _ in range(40)]
+    assert 0 in norms
+    assert max(norms) > 0
+    run = UnlearningRun(Dying(apart=True), load_data(task), task.schedule.alphas_cumprod(), settings)
+    with pytest.raises(RunError, match="neither loss has a gradient"):
+        run.measure(0.5)
 
 
 @pytest.mark.parametrize(("objective", "side"), [("naive", "forget_grad"), ("neggrad", "retain_grad")])

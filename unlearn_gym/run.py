@@ -155,15 +155,17 @@ class UnlearningRun:
     @insulated
     def update_bytes(self) -> int:
         """About the bytes that an update's graph takes, measured on a few samples of no stream."""
-        generator = torch.Generator(self.generator.device).manual_seed(0)
-        value = torch.full((), 0.5, device=generator.device)
+        value = torch.full((), 0.5, device=self.generator.device)
 
         def passes(size: int) -> Measured:
-            batch = draw_batch(self.data, size, len(self.alphas_cumprod), generator, self._noise_shape)
-            batch = self.objective.complete(batch, self.data, self._prepared, generator)
-            return self._separate_gradients(batch, value, None)
+            return self._separate_gradients(self._batch_of_no_stream(size), value, None)
 
         return self.settings.batch_size * bytes_per_sample(passes)
+
+    def _batch_of_no_stream(self, size: int) -> Batch:
+        generator = torch.Generator(self.generator.device).manual_seed(0)
+        batch = draw_batch(self.data, size, len(self.alphas_cumprod), generator, self._noise_shape)
+        return self.objective.complete(batch, self.data, self._prepared, generator)
 
     @insulated
     def __reduce__(self) -> tuple[Any, ...]:
@@ -248,6 +250,11 @@ class UnlearningRun:
             raise RunError(f"lambda_={lambda_} must lie in [0, 1]")
         if self.diverged:
             raise RunError("this run has diverged; restore a snapshot before the next update")
+        if not self.flat.hold_the_network():
+            raise RunError(
+                "the network's parameters are not those that the run trains: load_state_dict(assign=True), .to() and "
+                ".double() replace them; make run or environment anew, and copy weights into its parameters"
+            )
 
     def _separate_gradients(self, batch: Batch, value: Tensor, learner: Learner | None) -> Measured:
         """Fill ``retain_grad`` and ``forget_grad``, by one forward and two backward passes or less."""
@@ -365,13 +372,29 @@ class UnlearningRun:
         )  # fmt: skip
         step_terms = unpack(packed.double().cpu().numpy(), lambda_, norms_age)
         if step_terms.retain_grad_norm == 0 and step_terms.forget_grad_norm == 0:
-            raise RunError(
-                "neither loss has a gradient for the parameters that the run trains, so nothing is learned: the "
-                "network must not detach what it returns, and load_state_dict must copy into its parameters "
-                "(assign=True would replace them)"
-            )
+            self._check_graph()
         self.diverged = step_terms.diverged
         return step_terms
+
+    @torch.enable_grad()
+    def _check_graph(self) -> None:
+        """Raise :class:`RunError` unless what the network returns depends on a parameter that the run trains.
+
+        A gradient may be zero for all that: a network of ReLUs may be dead on a whole batch.
+        """
+        batch, value = self._batch_of_no_stream(2), torch.full((), 0.5, device=self.generator.device)
+        if isinstance(self.objective, OwnPasses):
+            passes = self.objective.passes(self.model, batch, value, self._context, None)
+            outputs = [loss for loss in (passes.retain, passes.forget, passes.direct) if loss is not None]
+        else:
+            draw = self.objective.draw(batch, self.alphas_cumprod, value)
+            outputs = [self.model(draw.x_t, draw.timesteps, draw.labels)]
+        total = torch.stack([output.sum() for output in outputs]).sum()
+        if all(g is None for g in torch.autograd.grad(total, self.flat.parameters, allow_unused=True)):
+            raise RunError(
+                "neither loss has a gradient for the parameters that the run trains, so nothing is learned: the "
+                "network must not detach what it returns"
+            )
 
     def _draw_probe(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Fixed forget and held-out samples, labels, noise and timesteps, the same for every run."""

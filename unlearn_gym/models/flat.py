@@ -32,6 +32,12 @@ class FlatParameters:
         size = sum(p.numel() for p in self.parameters)
         self.vector = nn.Parameter(torch.empty(size, dtype=first.dtype, device=first.device))
         self._layouts = [_layout(p) for p in self.parameters]
+        self._places = [
+            (module._parameters, name, parameter)
+            for module in model.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None and parameter.requires_grad
+        ]
         with torch.no_grad():
             for parameter, view in zip(self.parameters, self.gradient_views(self.vector.data), strict=True):
                 view.copy_(parameter)
@@ -43,6 +49,18 @@ class FlatParameters:
         self.vector.data = storage
         for parameter, view in zip(self.parameters, self.gradient_views(storage), strict=True):
             parameter.data = view
+
+    def hold_the_network(self) -> bool:
+        """Whether the network still computes with these parameters, and they are still views of the vector.
+
+        ``load_state_dict(assign=True)`` puts others in their place, ``model.double()`` gives them other data.
+        """
+        place = self.vector.data_ptr()
+        for parameter in self.parameters:
+            if parameter.data_ptr() != place:
+                return False
+            place += parameter.nbytes
+        return all(parameters.get(name) is parameter for parameters, name, parameter in self._places)
 
     def gradient_views(self, vector: Tensor) -> list[Tensor]:
         """Views of ``vector (P,)`` with the parameters' shapes and strides."""
