@@ -13,6 +13,7 @@ import pickle
 import shutil
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from unlearn_gym.files import sha256
 from unlearn_gym.policies import make_policy, policy_sources, split_name
 from unlearn_gym.policies.normalization import ADMITTED, _Part, _PartsUnpickler, read_statistics
 from unlearn_gym.policies.registry import SHIPPED_AGENTS
+from unlearn_gym.policies.sb3 import SB3Policy
 from unlearn_gym.policies.sb3_file import read_agent
 
 from .test_agents import HIGH, LOW, ROOT, small_plan
@@ -92,6 +94,15 @@ class Evil:
 
     def __reduce__(self):
         return (os.mkdir, (str(self.marker),))
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def rewrite(path: Path, **entries: Any) -> Path:
@@ -562,6 +573,8 @@ def test_statistics_that_are_cut_off_are_one_line(share, tmp_path):
     "spoil",
     [
         lambda env: setattr(env, "clip_obs", -1.0),
+        lambda env: setattr(env, "clip_obs", 0.0),
+        lambda env: setattr(env, "clip_obs", float("nan")),
         lambda env: setattr(env, "epsilon", float("nan")),
         lambda env: setattr(env.obs_rms, "var", -env.obs_rms.var),
         lambda env: setattr(env.obs_rms, "mean", env.obs_rms.mean * np.nan),
@@ -576,6 +589,29 @@ def test_statistics_that_cannot_be_used_are_refused(spoil, tmp_path):
     env.save(str(tmp_path / "v.pkl"))
     with pytest.raises(PolicyError, match="is damaged"):
         read_statistics(tmp_path / "v.pkl")
+
+
+def big_endian(env):
+    env.obs_rms.mean, env.obs_rms.var = (x.astype(">f8") for x in (env.obs_rms.mean, env.obs_rms.var))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda env: setattr(env, "clip_obs", np.float64(2.0)),
+        lambda env: setattr(env, "epsilon", np.float32(1e-3)),
+        lambda env: setattr(env, "clip_obs", np.int64(1)),
+        lambda env: setattr(env, "norm_obs", np.bool_(False)),
+        big_endian,
+    ],
+)
+def test_statistics_with_numpys_numbers_in_them_are_what_they_say(change, tmp_path):
+    env = normalized()
+    change(env)
+    env.save(str(tmp_path / "v.pkl"))
+    found = read_statistics(tmp_path / "v.pkl")
+    for obs in OBSERVATIONS:
+        np.testing.assert_array_equal(found.apply(obs), env.normalize_obs(obs))
 
 
 class OwnNormalize(VecNormalize):
@@ -730,6 +766,42 @@ def test_a_plain_text_of_a_huge_network_builds_none(context, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
+    ("algorithm", "arguments"),
+    [
+        (PPO, {"net_arch": [64] * 4 + [4096]}), (PPO, {"net_arch": {"pi": [64], "vf": [64, 4096]}}),
+        (SAC, {"net_arch": {"pi": [64], "qf": [256, 256]}, "n_critics": 64}),
+        (RecurrentPPO, {"lstm_hidden_size": 1024}), (RecurrentPPO, {"n_lstm_layers": 16, "lstm_hidden_size": 256}),
+    ],
+)  # fmt: skip
+def test_layers_of_more_weights_than_the_file_holds_are_not_built(algorithm, arguments, context, tmp_path):
+    policy = "MlpLstmPolicy" if algorithm is RecurrentPPO else "MlpPolicy"
+    path = rewrite(saved(tmp_path / "agent.zip", algorithm, policy), data=edit(policy_kwargs=arguments))
+    with pytest.raises(PolicyError, match=r"its layers have [\d,]+ weights and more"):
+        make_policy(str(path), context)
+
+
+def test_a_tensor_that_shows_one_number_a_billion_times_counts_as_one(context, tmp_path):
+    path = rewrite(saved(tmp_path / "agent.zip"), data=edit(policy_kwargs={"net_arch": [4096] * 16}))
+    with zipfile.ZipFile(path) as archive:
+        weights = torch.load(io.BytesIO(archive.read("policy.pth")), weights_only=True)
+    content = io.BytesIO()
+    torch.save({**weights, "more": torch.zeros(1).expand(10**9)}, content)
+    rewrite(path, policy__pth=content.getvalue())
+    with pytest.raises(PolicyError, match="weights and more"):
+        make_policy(str(path), context)
+
+
+@pytest.mark.parametrize("state", [torch.inference_mode, lambda: torch.device("meta"), float64])
+def test_an_agent_is_the_same_in_whatever_torch_state_it_is_loaded(state, context, tmp_path):
+    path = saved(tmp_path / "agent.zip")
+    expected = [SB3Policy(context, path).act(obs, {}) for obs in OBSERVATIONS]
+    with state():
+        policy = SB3Policy(context, path)
+    assert [policy.act(obs, {}) for obs in OBSERVATIONS] == expected
+    assert not any(parameter.is_inference() for parameter in policy.network.parameters())
+
+
+@pytest.mark.parametrize(
     ("algorithm", "policy"), [(PPO, "MlpPolicy"), (A2C, "MlpPolicy"), (RecurrentPPO, "MlpLstmPolicy")]
 )
 def test_an_agent_that_learned_under_vecnormalize_is_refused_without_its_statistics(
@@ -751,3 +823,32 @@ def test_an_agent_that_learned_under_vecnormalize_is_refused_without_its_statist
     (tmp_path / "plain").mkdir()
     plain.save(tmp_path / "plain" / "agent.zip")
     assert make_policy(str(tmp_path / "plain" / "agent.zip"), context).statistics is None
+    (tmp_path / "plain" / "config.yml").write_text("normalize: true\n")
+    with pytest.raises(PolicyError, match="normalised observations and vecnormalize"):
+        make_policy(str(tmp_path / "plain" / "agent.zip"), context)
+
+
+def test_rewards_alone_that_were_normalised_can_be_said(context, tmp_path):
+    env = VecNormalize(DummyVecEnv([rescaled]), norm_obs=False)
+    agent = PPO("MlpPolicy", env, device="cpu", n_steps=8, batch_size=8)
+    agent.learn(8)
+    agent.save(tmp_path / "agent.zip")
+    with pytest.raises(PolicyError, match=r"write 'normalize: false' into .*config\.yml"):
+        make_policy(str(tmp_path / "agent.zip"), context)
+    (tmp_path / "config.yml").write_text("policy: MlpPolicy\n")  # says nothing of it
+    with pytest.raises(PolicyError, match="normalised observations"):
+        make_policy(str(tmp_path / "agent.zip"), context)
+    (tmp_path / "config.yml").write_text("normalize: false\n")
+    assert make_policy(str(tmp_path / "agent.zip"), context).statistics is None
+
+
+def test_trust_does_not_make_up_for_missing_statistics(context, tmp_path):
+    env = VecNormalize(DummyVecEnv([rescaled]))
+    kwargs = {"activation_fn": torch.nn.Softplus}
+    agent = PPO("MlpPolicy", env, device="cpu", n_steps=8, batch_size=8, policy_kwargs=kwargs)
+    agent.learn(8)
+    agent.save(tmp_path / "agent.zip")
+    with pytest.raises(PolicyError, match="normalised observations and vecnormalize"):
+        SB3Policy(context, tmp_path / "agent.zip", trust=True)
+    env.save(str(tmp_path / "vecnormalize.pkl"))
+    assert SB3Policy(context, tmp_path / "agent.zip", trust=True).statistics is not None

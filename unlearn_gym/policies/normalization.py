@@ -137,19 +137,19 @@ def _is_of_agents_train(agent: Path) -> bool:
         return False
 
 
-def find_statistics(agent: Path, entries: int, *, trust: bool = False) -> Statistics | None:
+def find_statistics(agent: Path, entries: int, *, normalized: bool = False, trust: bool = False) -> Statistics | None:
     """The statistics of an agent whose observations have so many ``entries``; None for one that was trained without.
 
     Raises :class:`PolicyError` for statistics that are damaged or of another shape, for missing ones where the
-    training record (the zoo's ``config.yml``) says that observations were normalised, and for wrappers in that record
-    that a policy cannot apply. With ``trust`` a file that refers to anything outside ``ADMITTED`` is unpickled, which
-    can run any code.
+    training record (the zoo's ``config.yml``), or without a word of it there the agent's own file (``normalized``),
+    says that observations were normalised, and for wrappers in that record that a policy cannot apply. With ``trust`` a
+    file that refers to anything outside ``ADMITTED`` is unpickled, which can run any code.
     """
-    normalized = not _is_of_agents_train(agent) and _check_record(agent)
+    recorded = False if _is_of_agents_train(agent) else _check_record(agent)
     path = statistics_path(agent)
     if path is None:
-        if normalized:
-            raise statistics_missing(agent)
+        if normalized if recorded is None else recorded:
+            raise _statistics_missing(agent)
         return None
     found = read_statistics(path, trust=trust)
     if found.mean is not None and found.mean.shape != (entries,):
@@ -160,11 +160,11 @@ def find_statistics(agent: Path, entries: int, *, trust: bool = False) -> Statis
     return found
 
 
-def statistics_missing(agent: Path) -> PolicyError:
-    """The error for an agent whose training normalised observations, without the statistics."""
+def _statistics_missing(agent: Path) -> PolicyError:
     return PolicyError(
         f"{agent} was trained on normalised observations and {NAMES[0]}, which holds their statistics, is not beside "
-        f"it; put it into {agent.parent}"
+        f"it; put it into {agent.parent} (if VecNormalize left observations as they are, write 'normalize: false' into "
+        f"{agent.parent / 'config.yml'})"
     )
 
 
@@ -214,10 +214,21 @@ def _from_part(wrapper: _Part) -> Statistics:
     _expect(wrapper, "VecNormalize")
     state = wrapper.state
     mean = var = None
-    if state["norm_obs"]:
+    if _number(state["norm_obs"]):
         rms = _expect(state["obs_rms"], "RunningMeanStd").state
         mean, var = _array(rms["mean"]), _array(rms["var"])
-    return Statistics(mean, var, float(state["clip_obs"]), float(state["epsilon"]))
+    return Statistics(mean, var, _number(state["clip_obs"]), _number(state["epsilon"]))
+
+
+def _number(value: Any) -> float:
+    """A number of Python's, or numpy's from its parts."""
+    if not isinstance(value, _Part):
+        return float(value)
+    kind, content = _expect(value, "scalar").arguments
+    kind = _expect(kind, "dtype")
+    if kind.arguments[0] not in ("b1", "f4", "f8", "i4", "i8"):
+        raise ValueError(f"a number of type {kind.arguments[0]}")
+    return float(np.frombuffer(content, np.dtype(kind.arguments[0]).newbyteorder(kind.state[1]))[0])
 
 
 def _expect(part: Any, *names: str) -> _Part:
@@ -257,13 +268,14 @@ def _plain(loader: _PlainLoader, suffix: str, node: yaml.Node) -> Any:
 _PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/", _plain)
 
 
-def _check_record(agent: Path) -> bool:
-    """Whether the zoo's record beside ``agent`` says that observations were normalised; raises :class:`PolicyError`
-    for wrappers in it that change observations otherwise.
+def _check_record(agent: Path) -> bool | None:
+    """Whether the zoo's record beside ``agent`` says that observations were normalised; None where it says neither.
+
+    Raises :class:`PolicyError` for wrappers in it that change observations otherwise.
     """
     path = next((path for folder in _folders(agent) if (path := folder / "config.yml").is_file()), None)
     if path is None:
-        return False
+        return None
     try:
         record = TypeAdapter(dict[str, Any]).validate_python(read_yaml(path, _PlainLoader))
     except (ValidationError, ValueError) as error:
@@ -276,7 +288,9 @@ def _check_record(agent: Path) -> bool:
             f"{agent} was trained behind {what} ({path}), which a policy here does not apply; wrap agent and "
             "preprocessing in a class of your own and name it as module:attribute"
         )
-    return _normalizes_observations(record) or "VecNormalize" in wrappers
+    if "VecNormalize" in wrappers:
+        return True
+    return _normalizes_observations(record) if "normalize" in record else None
 
 
 def _normalizes_observations(record: dict[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from unlearn_gym.errors import PolicyError, WeightsError, error_line
 from unlearn_gym.models.weights import cast_weights
 from unlearn_gym.policies.base import Observation, PolicyContext
-from unlearn_gym.policies.normalization import find_statistics, statistics_missing
+from unlearn_gym.policies.normalization import find_statistics
 from unlearn_gym.policies.sb3_file import (
     POLICY_CLASSES,
     RECURRENT,
@@ -27,6 +27,7 @@ from unlearn_gym.policies.sb3_file import (
     needs_pickles,
     read_agent,
     read_data,
+    trained_under_vec_normalize,
 )
 from unlearn_gym.torch_state import initial_weights_from, insulated
 
@@ -54,14 +55,14 @@ class SB3Policy:
     observation or action space, and for one whose preprocessing is not there.
     """
 
+    @insulated
     def __init__(self, context: PolicyContext, path: Path, *, trust: bool = False) -> None:
         self.context = context
         shape = (len(context.observation_low),) if context.observation_low else OBSERVATION_SHAPE
-        self.statistics = find_statistics(path, shape[0], trust=trust)
+        normalized = trained_under_vec_normalize(read_data(path))
+        self.statistics = find_statistics(path, shape[0], normalized=normalized, trust=trust)
         try:
             file = read_agent(path)
-            if file.normalized and self.statistics is None:
-                raise statistics_missing(path)
             action_space = _action_space(context, path, shape, file.observation, file.action)
             self.network = _build(path, file, _observation_space(context, shape), action_space)
         except PickleNeededError:
@@ -151,11 +152,18 @@ def _build(path: Path, file: AgentFile, observation: spaces.Box, action: spaces.
 
 
 def _check_size(file: AgentFile) -> None:
-    """Raise ValueError for layers of more weights than the file holds, lest a text of a few bytes takes gigabytes."""
-    net_arch, hidden = file.arguments.get("net_arch") or [], file.arguments.get("lstm_hidden_size", 0)
-    layers = list(net_arch.values()) if isinstance(net_arch, dict) else [net_arch]
-    needed = sum(a * b for widths in layers for a, b in pairwise(widths)) + 4 * hidden**2
-    if needed > sum(weight.numel() for weight in file.weights.values()):
+    """Raise ValueError for layers of more weights than the file holds, lest a text of a few bytes takes gigabytes.
+
+    What the file holds is what its tensors store: one of any size may show the same number again and again.
+    """
+    arguments = file.arguments
+    net_arch, hidden = arguments.get("net_arch") or [], arguments.get("lstm_hidden_size", 0)
+    layers = net_arch if isinstance(net_arch, dict) else {"": net_arch}
+    times = {"qf": arguments.get("n_critics", 1)}
+    needed = sum(times.get(name, 1) * a * b for name, widths in layers.items() for a, b in pairwise(widths))
+    needed += 4 * hidden**2 * arguments.get("n_lstm_layers", 1)
+    stored = {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() // w.itemsize for w in file.weights.values()}
+    if needed > sum(stored.values()):
         raise ValueError(f"its layers have {needed:,} weights and more")
 
 

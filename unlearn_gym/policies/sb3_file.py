@@ -107,9 +107,6 @@ class PolicyArguments(NetworkArguments):
 class AgentFile(NamedTuple):
     """The plain parts of a zip: the policy's class by its name in ``POLICY_CLASSES``, the keyword arguments to make it
     with, the spaces that it was trained on, and the weights.
-
-    ``normalized``: it was trained under ``VecNormalize``. Algorithms that learn on policy keep the last observation
-    before it was normalised, and have none otherwise; the others always keep it, so of them it cannot be told.
     """
 
     policy_class: str
@@ -117,7 +114,6 @@ class AgentFile(NamedTuple):
     observation: SpaceText
     action: SpaceText
     weights: dict[str, Tensor]
-    normalized: bool
 
 
 def read_agent(path: Path) -> AgentFile:
@@ -129,9 +125,8 @@ def read_agent(path: Path) -> AgentFile:
     data = read_data(path)
     observation, action = (_space(path, data, name) for name in ("observation_space", "action_space"))
     policy_class = _policy_class(path, data)
-    normalized = policy_class in ON_POLICY and data.get("_last_original_obs") is not None
     arguments = _arguments(path, data, policy_class)
-    return AgentFile(policy_class, arguments, observation, action, _weights(path), normalized)
+    return AgentFile(policy_class, arguments, observation, action, _weights(path))
 
 
 def read_data(path: Path) -> dict[str, Any]:
@@ -140,6 +135,15 @@ def read_data(path: Path) -> dict[str, Any]:
         return TypeAdapter(dict[str, Any]).validate_json(_entry(path, "data"))
     except ValidationError:
         raise not_an_agent(path, "its entry 'data' is not JSON") from None
+
+
+def trained_under_vec_normalize(data: dict[str, Any]) -> bool:
+    """Whether a zip's ``data`` says so; False where it cannot be told.
+
+    Algorithms that learn on policy (they alone have a ``gae_lambda``) keep the last observation before it was
+    normalised, and have none otherwise; the others always keep it.
+    """
+    return "gae_lambda" in data and data.get("_last_original_obs") is not None
 
 
 def not_an_agent(path: Path, reason: str) -> PolicyError:
