@@ -147,6 +147,17 @@ MUTANTS = [
     Mutant("a-vanished-folder-ends-it", "locks.py", "and attempt < MOST_ATTEMPTS", "and False", "file_writing::test_a_folder_that_vanishes_while_it_is_locked_is_made_again"),
     Mutant("a-picture-too-many", "evaluation/records.py", "0 <= hit < self.forget.shape[0]", "0 <= hit <= self.forget.shape[0]", "comparison::test_a_picture_beyond_the_last_one_is_refused"),
     Mutant("a-zip-of-any-size", "policies/sb3_file.py", "if size > MAX_BYTES[name]:", "if False:", "agent_files::test_an_entry_too_large_for_an_agent_is_not_unpacked"),
+    Mutant("a-second-lock-hides-the-first", "locks.py", "_held.set(_held.get() | {key})", "_held.set(frozenset({key}))", "file_writing::test_a_lock_of_a_second_folder_keeps_the_first"),
+    Mutant("a-folder-in-the-way-for-a-moment-ends-it", "locks.py", "FileNotFoundError | FileExistsError", "FileNotFoundError", "file_writing::test_a_folder_that_is_in_the_way_for_a_moment_is_tried_again"),
+    Mutant("a-lock-keeps-the-end-of-a-longer-one", "locks.py", "os.ftruncate(descriptor, 0)", "pass", "file_writing::test_what_a_killed_process_left_is_overwritten_as_a_whole"),
+    Mutant("any-file-is-a-lock", "locks.py", "                _refuse_foreign(descriptor, folder)\n", "", "file_writing::test_a_file_of_the_users_own_in_the_locks_place_is_left_as_it_is"),
+    Mutant("a-removed-lock-takes-the-next-with-it", "locks.py", "if ours and _is_still(path, descriptor):", "if ours:", "file_writing::test_a_lock_that_was_removed_under_its_holder_does_not_end_the_next_ones"),
+    Mutant("a-forked-process-holds-the-lock", "locks.py", " and hold.pid == os.getpid()", "", "file_writing::test_a_forked_process_is_not_the_holder_and_does_not_end_the_lock"),
+    Mutant("a-forked-process-ends-the-lock", "locks.py", "hold.pid == os.getpid()  # a forked", "True  # a forked", "file_writing::test_a_forked_process_is_not_the_holder_and_does_not_end_the_lock"),
+    Mutant("an-ended-lock-is-held-by-its-tasks", "locks.py", "key.ended = True", "pass", "file_writing::test_a_task_that_outlives_the_block_does_not_hold_the_lock"),
+    Mutant("too-much-data-passes", "evaluation/records.py", "decompress(packed, wanted + 1)", "decompress(packed, wanted)", "comparison::test_samples_have_as_many_bytes_as_their_shape_says"),
+    Mutant("a-stale-checksum-is-kept", "evaluation/records.py", "    content.pop(CHECKSUM, None)\n", "", "comparison::test_results_that_were_changed_on_purpose_are_written_with_a_new_checksum"),
+    Mutant("an-infinite-number-is-a-measurement", "evaluation/records.py", ", allow_inf_nan=False", "", "comparison::test_a_number_that_is_not_finite_is_no_measurement"),
 ]  # fmt: skip
 """One mutant for each kind of fault; mutants without an observable effect are omitted."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import copy
 import dataclasses
 import json
@@ -10,6 +12,8 @@ import random
 import shutil
 import subprocess
 import sys
+import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,13 +24,23 @@ from unlearn_gym.evaluation import tables
 from unlearn_gym.evaluation.cell import FINETUNE, ORACLE, UNTOUCHED, pack_samples, unpack_samples
 from unlearn_gym.evaluation.comparison import Comparison, default_policies, run_comparison
 from unlearn_gym.evaluation.judge import EvaluationSettings
-from unlearn_gym.evaluation.records import Pictures, ResultsRecord, with_checksum
+from unlearn_gym.evaluation.records import (
+    NEEDED_COLUMNS,
+    Pictures,
+    ResultsRecord,
+    Samples,
+    fault,
+    read_cells,
+    with_checksum,
+    write_results,
+)
 from unlearn_gym.evaluation.report import verdict, write_report
 from unlearn_gym.evaluation.results import CELL_FORMAT, Results, load_results, merge_results
 from unlearn_gym.evaluation.store import CellStore
 from unlearn_gym.policies.registry import SHIPPED_AGENTS
 from unlearn_gym.tasks import get_task, load_data, register_task
 
+ROOT = Path(__file__).resolve().parent.parent
 TIMES = ("env_seconds", "policy_seconds", "evaluation_seconds", "checksum")
 
 
@@ -495,12 +509,97 @@ def test_a_results_file_without_its_own_checksum_is_held_against_those_of_its_ru
     path = tmp_path / "results.json"
     raw = json.loads((finished[1] / "results.json").read_text())
     del raw["checksum"]
-    path.write_text(json.dumps(raw))
-    load_results(tmp_path)
     changed = copy.deepcopy(raw)
     changed["cells"][-1]["metrics"]["forget_loss"] = 99.0
     doubled = {**raw, "cells": [*raw["cells"], raw["cells"][-1]]}
-    for bad, message in ((changed, "does not match its checksum"), (doubled, "a run twice")):
+    settings = {**raw, "settings": {**raw["settings"], "potential_retain_coef": 0.0}}
+    partly = copy.deepcopy(raw)
+    del partly["cells"][0]["checksum"]
+    for bad, message in (
+        (changed, "does not match its checksum"), (doubled, "a run twice"), (raw, "it has none itself"),
+        (settings, "it has none itself"), (partly, "does not match its checksum"),
+    ):  # fmt: skip
         path.write_text(json.dumps(bad))
         with pytest.raises(ResultsError, match=message):
             load_results(tmp_path)
+
+
+def test_no_cell_among_ones_with_checksums_is_believed_without(finished, tmp_path):
+    raw = json.loads((finished[1] / "results.json").read_text())
+    del raw["checksum"], raw["cells"][0]["checksum"]
+    (tmp_path / "results.json").write_text(json.dumps(raw))
+    sound, wrong = read_cells(tmp_path / "results.json", CELL_FORMAT)
+    assert sound == raw["cells"][1:]
+    assert "1 runs" in wrong
+    for cell in raw["cells"]:
+        cell.pop("checksum", None)
+    (tmp_path / "results.json").write_text(json.dumps(raw))
+    assert read_cells(tmp_path / "results.json", CELL_FORMAT) == (raw["cells"], None)  # an older version's
+
+
+def written(results, folder, **changes):
+    """The results as a file with sound checksums, with other values at the top."""
+    write_results(folder / "results.json", {**results.raw, **changes})
+    return folder
+
+
+def test_results_that_were_changed_on_purpose_are_written_with_a_new_checksum(finished, tmp_path):
+    first = load_results(finished[1])
+    assert load_results(written(first, tmp_path, command="another")).raw["command"] == "another"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"device": "cuda:99"}, {"device": "no-such"}, {"of_another_version": [1]}], ids=str
+)
+def test_results_of_another_machine_or_version_are_read(changes, finished, tmp_path):
+    settings = finished[0].settings | changes
+    results = load_results(written(finished[0], tmp_path, settings=settings))
+    assert results.settings.items() >= changes.items()
+    assert write_report(results, tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("changes", [{"device": 3}, {"horizon": "x"}, {"lambda_min": 0.95}], ids=str)
+def test_settings_that_cannot_be_are_still_damage(changes, finished, tmp_path):
+    with pytest.raises(ResultsError, match=r"is damaged .*settings: "):
+        load_results(written(finished[0], tmp_path, settings=finished[0].settings | changes))
+
+
+@pytest.mark.parametrize("column", ["lambda_", "retain_ess", "forget_ess"])
+def test_a_trace_lacks_no_column_that_a_report_reads(column, finished, tmp_path):
+    cells = copy.deepcopy(finished[0].cells)
+    for cell in cells:
+        cell.pop("checksum", None)
+        cell.get("trace", {}).pop(column, None)
+    with pytest.raises(ResultsError, match=f"is damaged .*trace lacks {column}"):
+        load_results(written(finished[0], tmp_path, cells=cells))
+
+
+def test_a_report_reads_no_other_column_of_a_trace(finished, tmp_path):
+    cells = copy.deepcopy(finished[0].cells)
+    for cell in cells:
+        cell.pop("checksum", None)
+        if "trace" in cell:
+            cell["trace"] = {name: cell["trace"][name] for name in NEEDED_COLUMNS}
+    assert write_report(load_results(written(finished[0], tmp_path, cells=cells)), tmp_path / "report").exists()
+
+
+def test_a_number_that_is_not_finite_is_no_measurement(finished):
+    cell = {k: v for k, v in finished[0].cells[-1].items() if k != "checksum"}
+    assert fault(cell, require_checksum=False) is None
+    for value in (float("inf"), float("nan")):
+        for bad in ({"episode_return": value}, {"metrics": cell["metrics"] | {"forget_loss": value}}):
+            assert "finite" in fault(cell | bad, require_checksum=False)
+
+
+@pytest.mark.parametrize(("count", "good"), [(3, False), (4, True), (5, False), (10**6, False)])
+def test_samples_have_as_many_bytes_as_their_shape_says(count, good):
+    packed = base64.b64encode(zlib.compress(bytes(count))).decode()
+    with contextlib.nullcontext() if good else pytest.raises(ValidationError, match="no float16 array of shape"):
+        Samples(shape=[1, 2], dtype="float16", data=packed)
+
+
+def test_committed_results_are_all_read():
+    found = [path for path in sorted((ROOT / "docs").rglob("results.json")) if path.parent.name != "transfer"]
+    assert len(found) > 50
+    for path in found:
+        load_results(path.parent)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import contextvars
 import errno
 import itertools
 import json
@@ -26,6 +28,8 @@ from unlearn_gym.interrupts import command_name
 from unlearn_gym.locks import LOCK, folder_lock
 from unlearn_gym.models.weights import read_checkpoint, save_checkpoint, save_weights
 from unlearn_gym.policies.manifest import read_manifest
+
+from .conftest import label
 
 ROOT = Path(__file__).resolve().parent.parent
 WRITERS = {
@@ -353,3 +357,195 @@ def test_all_folders_that_a_lock_made_and_that_stayed_empty_are_removed(tmp_path
 def test_a_name_with_a_null_character_is_one_line(tmp_path):
     with pytest.raises(FileError, match="null character"):
         write_text(tmp_path / "a\0b", "x")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"], ids=["null", "surrogate"])
+def test_a_folder_whose_name_no_file_system_takes_is_one_line(name, tmp_path):
+    for folder in (tmp_path / name, tmp_path / name / "below"):
+        with pytest.raises(FileError, match=r"cannot make the folder .* choose another --out") as caught:
+            with folder_lock(folder):
+                pytest.fail("no lock")
+        assert "\n" not in str(caught.value)
+        str(caught.value).encode()  # it can be printed
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", [b"secret=1\n", b'{"pid": 1}', b"\xff", b"{}" * 5000], ids=label)
+def test_a_file_of_the_users_own_in_the_locks_place_is_left_as_it_is(content, tmp_path):
+    path = tmp_path / LOCK
+    path.write_bytes(content)
+    with pytest.raises(FileError, match=re.escape(f"{path} is in the way")) as caught, folder_lock(tmp_path):
+        pytest.fail("no lock")
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == content
+
+
+def test_a_pipe_in_the_locks_place_is_left_as_it_is(tmp_path):
+    os.mkfifo(tmp_path / LOCK)
+    with pytest.raises(FileError, match="in the way"), folder_lock(tmp_path):
+        pytest.fail("no lock")
+    assert names(tmp_path) == [LOCK]
+
+
+LONGER = locks.Holder(pid=1, host="h" * 300, since="long ago").model_dump_json()
+
+
+@pytest.mark.parametrize("left", ["", LONGER], ids=["nothing", "more"])
+def test_what_a_killed_process_left_is_overwritten_as_a_whole(left, tmp_path):
+    (tmp_path / LOCK).write_text(left)
+    with folder_lock(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    assert names(tmp_path) == []
+
+
+def in_another_thread(function):
+    """What the function returns or raises in a thread that has locked nothing."""
+    found = []
+
+    def call():
+        try:
+            found.append(function())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def try_to_lock(folder):
+    with folder_lock(folder):
+        return "taken"
+
+
+def test_a_lock_that_was_removed_under_its_holder_does_not_end_the_next_ones(tmp_path):
+    first, second = folder_lock(tmp_path), folder_lock(tmp_path)
+    first.__enter__()
+    (tmp_path / LOCK).unlink()
+    contextvars.Context().run(second.__enter__)
+    first.__exit__(None, None, None)
+    assert isinstance(in_another_thread(lambda: try_to_lock(tmp_path)), LockError)  # the second one's stands
+    second.__exit__(None, None, None)
+    assert try_to_lock(tmp_path) == "taken"
+
+
+def in_a_forked_process(function):
+    """What the function prints, in a forked process that then leaves the blocks it is in."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writing, function().encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with open(reading) as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    return said
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_forked_process_is_not_the_holder_and_does_not_end_the_lock(tmp_path):
+    lock = folder_lock(tmp_path / "new")
+
+    def child():
+        try:
+            return try_to_lock(tmp_path / "new")
+        except LockError as error:
+            return str(error)
+        finally:
+            lock.__exit__(None, None, None)
+
+    with lock:
+        assert f"process {os.getpid()}" in in_a_forked_process(child)
+        assert names(tmp_path / "new") == [LOCK]
+        assert isinstance(in_another_thread(lambda: try_to_lock(tmp_path / "new")), LockError)
+    assert names(tmp_path) == []
+
+
+def test_a_lock_ends_in_the_folder_that_it_was_taken_in(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere" / "out").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "out" / LOCK).write_text("of another one")
+    monkeypatch.chdir(tmp_path)
+    with folder_lock(Path("out")):
+        monkeypatch.chdir("elsewhere")
+        with folder_lock(tmp_path / "out"):
+            pass
+    assert names(tmp_path) == ["elsewhere"]
+    assert (tmp_path / "elsewhere" / "out" / LOCK).read_text() == "of another one"
+
+
+def test_a_message_shows_the_folder_as_the_user_gave_it(locked, monkeypatch):
+    monkeypatch.chdir(locked.parent)
+    with pytest.raises(LockError, match=rf"^{locked.name} is in use"), folder_lock(Path(locked.name)):
+        pytest.fail("two writers")
+
+
+@pytest.mark.parametrize("outcome", [None, KeyError("the block's own")], ids=["success", "error"])
+def test_a_folder_that_a_file_replaces_does_not_hide_the_outcome_of_the_block(outcome, tmp_path):
+    folder, before = tmp_path / "out", len(os.listdir("/proc/self/fd"))
+    with contextlib.nullcontext() if outcome is None else pytest.raises(KeyError, match="the block's own"):
+        with folder_lock(folder):
+            folder.rename(tmp_path / "moved")
+            folder.write_text("")
+            if outcome is not None:
+                raise outcome
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert names(tmp_path) == ["moved", "out"]
+    assert try_to_lock(tmp_path / "moved") == "taken"
+
+
+def test_a_lock_may_end_in_another_context_and_is_then_nobodys(tmp_path):
+    lock, context = folder_lock(tmp_path), contextvars.copy_context()
+    context.run(lock.__enter__)
+    lock.__exit__(None, None, None)
+    assert names(tmp_path) == []
+    with folder_lock(tmp_path):
+        pass
+
+    def again():  # the context in which it was taken does not go on holding it
+        with folder_lock(tmp_path):
+            return names(tmp_path)
+
+    assert context.run(again) == [LOCK]
+
+
+def test_a_task_that_outlives_the_block_does_not_hold_the_lock(tmp_path):
+    async def main():
+        async def late(ended):
+            await ended.wait()
+            with folder_lock(tmp_path):
+                return names(tmp_path)
+
+        ended = asyncio.Event()
+        with folder_lock(tmp_path):
+            task = asyncio.create_task(late(ended))
+            await asyncio.sleep(0)
+        ended.set()
+        return await task
+
+    assert asyncio.run(main()) == [LOCK]
+
+
+def test_a_lock_of_a_second_folder_keeps_the_first(tmp_path):
+    with folder_lock(tmp_path / "a"), folder_lock(tmp_path / "b"):
+        for name in ("a", "b"):
+            assert try_to_lock(tmp_path / name) == "taken"
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_is_in_the_way_for_a_moment_is_tried_again(tmp_path, monkeypatch):
+    """As where its last holder removes it after mkdir has found it and before it is seen to be a folder."""
+    real, refused = Path.mkdir, []
+
+    def mkdir(path, *arguments, **options):
+        if not refused:
+            refused.append(path)
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    assert try_to_lock(tmp_path / "out") == "taken"
+    assert refused

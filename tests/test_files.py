@@ -65,7 +65,18 @@ def test_an_experiment_of_a_billion_seeds_or_a_text_for_a_number_is_refused(tmp_
 
 
 DEEP = "[" * 100_000 + "]" * 100_000
-BAD_JSON = [DEEP, '{"a":' * 100_000, '{"a": 1, "a": 2}', '{"a": NaN}', "[-Infinity]", "1" * 5000, "{", ""]
+BAD_JSON = [
+    DEEP,
+    '{"a":' * 100_000,
+    '{"a": 1, "a": 2}',
+    '{"a": NaN}',
+    "[-Infinity]",
+    '{"note": 1e999}',
+    "[-1e400]",
+    "1" * 5000,
+    "{",
+    "",
+]
 
 
 @pytest.mark.parametrize("text", BAD_JSON, ids=label)
@@ -94,3 +105,9 @@ def test_shipped_json_is_json_without_duplicates():
     assert found
     for path in found:
         assert read_json(path) == json.loads(path.read_text())
+
+
+def test_a_number_too_large_is_named_and_the_largest_one_is_read():
+    assert "1e999" in fails(FormatError, parse_json, '{"note": 1e999}')
+    assert "too large" in fails(FormatError, parse_json, "9" * 400 + ".0")
+    assert parse_json("[1.7976931348623157e308, -1.5e308, 1e-999]") == [1.7976931348623157e308, -1.5e308, 0.0]

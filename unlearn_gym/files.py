@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -158,7 +159,9 @@ def parse_json(text: str | bytes) -> Any:
     Raises :class:`FormatError`.
     """
     try:
-        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+        return json.loads(
+            text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant, parse_float=_finite
+        )
     except FormatError:
         raise
     except RecursionError:
@@ -206,6 +209,13 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> Any:
     raise FormatError(f"{name} is not valid JSON; give a finite number, or null")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise FormatError(f"the number {shown(text)} is too large; give a finite number below 1.8e308, or null")
+    return value
 
 
 class CheckedLoader(yaml.SafeLoader):

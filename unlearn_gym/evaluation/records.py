@@ -21,6 +21,8 @@ MOST_BYTES = 10**8
 AGAIN = "run the comparison again"
 NEEDED_METRICS = {"forget_loss", "retain_loss"}
 """What every evaluation measures, and the score is made of."""
+NEEDED_COLUMNS = {"lambda_", "retain_ess", "forget_ess"}
+"""What a report reads of a trace."""
 
 
 class Record(BaseModel):
@@ -122,9 +124,11 @@ class CellRecord(Record):
         if kind == "static":
             float(value)
         if self.trace is not None:
-            lambdas = self.trace.get("lambda_")
-            if lambdas is None or None in lambdas or {len(column) for column in self.trace.values()} != {len(lambdas)}:
-                raise ValueError("trace lacks lambda_, or its columns differ in length")
+            missing = sorted(NEEDED_COLUMNS - self.trace.keys())
+            if missing:
+                raise ValueError(f"trace lacks {' and '.join(missing)}")
+            if None in self.trace["lambda_"] or len({len(column) for column in self.trace.values()}) > 1:
+                raise ValueError("trace has a lambda_ that is null, or its columns differ in length")
         return self
 
 
@@ -186,10 +190,18 @@ class ResultsRecord(Record):
         if len({len(cell.profile) for cell in self.cells if cell.profile}) > 1:
             raise ValueError("profiles of cells differ in length")
         try:
-            RunSettings(**self.settings)
+            RunSettings(**_checkable(self.settings))
         except ValidationError as error:
             raise ValueError(f"settings: {describe_validation_error(error)}") from None
         return self
+
+
+def _checkable(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that this version knows, without the name of a device: a report runs on none, and is made elsewhere,
+    too.
+    """
+    known = RunSettings.model_fields.keys() - ({"device"} if isinstance(settings.get("device"), str) else set())
+    return {name: value for name, value in settings.items() if name in known}
 
 
 def with_checksum(record: dict[str, Any]) -> dict[str, Any]:
@@ -226,7 +238,8 @@ def write_results(path: Path, raw: dict[str, Any]) -> None:
 def read_results(path: Path, format_number: int) -> dict[str, Any]:
     """The content of a ``results.json``, checked; raises :class:`ResultsError` in one line.
 
-    Checksums are held against the values where there are any: results of older versions have none.
+    Checksums are held against the values where there are any: results of older versions have none. Of the settings
+    neither the device is checked nor fields that only another version knows.
     """
     raw = _read_object(path)
     if raw.get("format") != format_number:
@@ -240,17 +253,28 @@ def read_results(path: Path, format_number: int) -> dict[str, Any]:
         ResultsRecord.model_validate(raw)
     except ValidationError as error:
         raise ResultsError(f"{path} is damaged ({describe_validation_error(error)}); {AGAIN}") from None
-    checked = [cell for cell in raw["cells"] if CHECKSUM in raw or CHECKSUM in cell]
-    changed = next((cell for cell in checked if not matches_checksum(cell)), None)
-    if changed is not None:
-        where = f"{changed['policy']} at seed {changed['seed']}"
-        raise ResultsError(f"{path} is damaged ({where} does not match its checksum); {AGAIN}")
     names = [(c["policy"], c["seed"]) for c in raw["cells"]]
     if len(set(names)) < len(names):
         raise ResultsError(f"{path} is damaged (it holds a run twice); {AGAIN}")
-    if CHECKSUM in raw and not matches_checksum(raw):
-        raise ResultsError(f"{path} is damaged (the part outside the runs does not match its checksum); {AGAIN}")
+    if _signed(raw):
+        _check_sums(path, raw)
     return raw
+
+
+def _signed(raw: dict[str, Any]) -> bool:
+    """Whether checksums were written with these results: then the whole and every cell must have one."""
+    return CHECKSUM in raw or any(isinstance(cell, dict) and CHECKSUM in cell for cell in raw["cells"])
+
+
+def _check_sums(path: Path, raw: dict[str, Any]) -> None:
+    changed = next((cell for cell in raw["cells"] if not matches_checksum(cell)), None)
+    if changed is not None:
+        where = f"{changed['policy']} at seed {changed['seed']}"
+        raise ResultsError(f"{path} is damaged ({where} does not match its checksum); {AGAIN}")
+    if CHECKSUM not in raw:
+        raise ResultsError(f"{path} is damaged (its runs have checksums and it has none itself); {AGAIN}")
+    if not matches_checksum(raw):
+        raise ResultsError(f"{path} is damaged (the part outside the runs does not match its checksum); {AGAIN}")
 
 
 def read_cells(path: Path, format_number: int) -> tuple[list[dict[str, Any]], str | None]:
@@ -264,7 +288,8 @@ def read_cells(path: Path, format_number: int) -> tuple[list[dict[str, Any]], st
     stored = raw.get("cells")
     if raw.get("format") != format_number or not isinstance(stored, list):
         return [], f"{path} holds no cells of format {format_number}"
-    faults = [fault(cell, require_checksum=CHECKSUM in raw) for cell in stored]
+    signed = _signed(raw)
+    faults = [fault(cell, require_checksum=signed) for cell in stored]
     sound = [cell for cell, wrong in zip(stored, faults, strict=True) if wrong is None]
     first = next((wrong for wrong in faults if wrong is not None), None)
     return sound, None if first is None else f"{len(stored) - len(sound)} runs in {path} are damaged ({first})"
