@@ -147,6 +147,17 @@ MUTANTS = [
     Mutant("a-vanished-folder-ends-it", "locks.py", "and attempt < MOST_ATTEMPTS", "and False", "file_writing::test_a_folder_that_vanishes_while_it_is_locked_is_made_again"),
     Mutant("a-picture-too-many", "evaluation/records.py", "0 <= hit < self.forget.shape[0]", "0 <= hit <= self.forget.shape[0]", "comparison::test_a_picture_beyond_the_last_one_is_refused"),
     Mutant("a-zip-of-any-size", "policies/sb3_file.py", "if size > MAX_BYTES[name]:", "if False:", "agent_files::test_an_entry_too_large_for_an_agent_is_not_unpacked"),
+    # files of saved models
+    Mutant("a-header-of-any-length", "tasks/saving.py", "if text is not None and len(text) > LONGEST_HEADER:", "if False:", "saving::test_a_header_longer_than_any_is_not_parsed"),
+    Mutant("a-lying-header-is-allocated", "tasks/saving.py", ', torch.device("meta")', "", "saving::test_nothing_of_the_size_that_a_lying_header_claims_is_allocated"),
+    Mutant("a-missing-library-is-a-fault-of-the-file", "tasks/saving.py", "    except SettingsError:\n        raise\n", "", "diffusers::test_a_saved_model_without_the_library_names_the_library"),
+    Mutant("members-of-a-family-warn", "tasks/saving.py", 'header.task.partition(":")[0] != task.name.partition(":")[0]', "header.task != task.name", "saving::test_a_model_of_one_member_of_a_family_is_loaded_for_another_without_a_word"),
+    Mutant("another-network-of-the-same-shapes", "tasks/saving.py", "    if difference:\n", "    if False:\n", "diffusers::test_a_model_is_not_read_as_one_that_predicts_something_else saving::test_a_network_that_differs_in_what_no_shape_shows_is_another"),
+    Mutant("arguments-left-out-are-another-network", "tasks/saving.py", "found, wanted = completed(found), completed(wanted)", "pass", "diffusers::test_a_model_is_read_back_after_its_folder_has_moved_and_been_written_again"),
+    Mutant("a-header-of-any-depth", "tasks/saving.py", "    if beyond:", "    if False:", "diffusers::test_a_header_of_a_network_of_very_many_layers_builds_none"),
+    Mutant("an-empty-task-is-none", "tasks/saving.py", "header is not None and task is None else task", "header is not None and not task else task", "saving::test_a_task_without_a_name_is_no_missing_task"),
+    Mutant("an-empty-task-is-the-default", "cli/evidence.py", "DEFAULT_TASK if task is None else task", "task or DEFAULT_TASK", "cli::test_a_file_of_weights_is_evaluated_on_its_own_task_or_on_a_given_one"),
+    Mutant("another-task-untold", "cli/evidence.py", "    if note is not None:", "    if False:", "cli::test_a_file_of_a_task_by_another_name_is_evaluated_with_one_line_of_warning"),
 ]  # fmt: skip
 """One mutant for each kind of fault; mutants without an observable effect are omitted."""
 
