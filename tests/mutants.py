@@ -158,6 +158,23 @@ MUTANTS = [
     Mutant("too-much-data-passes", "evaluation/records.py", "decompress(packed, wanted + 1)", "decompress(packed, wanted)", "comparison::test_samples_have_as_many_bytes_as_their_shape_says"),
     Mutant("a-stale-checksum-is-kept", "evaluation/records.py", "    content.pop(CHECKSUM, None)\n", "", "comparison::test_results_that_were_changed_on_purpose_are_written_with_a_new_checksum"),
     Mutant("an-infinite-number-is-a-measurement", "evaluation/records.py", ", allow_inf_nan=False", "", "comparison::test_a_number_that_is_not_finite_is_no_measurement"),
+    # files of saved models
+    Mutant("a-header-of-any-length", "tasks/saving.py", "if text is not None and len(text) > LONGEST_HEADER:", "if False:", "saving::test_a_header_longer_than_any_is_not_parsed"),
+    Mutant("a-lying-header-is-allocated", "tasks/saving.py", ', torch.device("meta")', "", "saving::test_nothing_of_the_size_that_a_lying_header_claims_is_allocated"),
+    Mutant("a-missing-library-is-a-fault-of-the-file", "tasks/saving.py", "    except SettingsError:\n        raise\n", "", "diffusers::test_a_saved_model_without_the_library_names_the_library"),
+    Mutant("members-of-a-family-warn", "tasks/saving.py", 'header.task.partition(":")[0] != task.name.partition(":")[0]', "header.task != task.name", "saving::test_a_model_of_one_member_of_a_family_is_loaded_for_another_without_a_word"),
+    Mutant("another-network-of-the-same-shapes", "tasks/saving.py", "    if difference:\n", "    if False:\n", "diffusers::test_a_model_is_not_read_as_one_that_predicts_something_else saving::test_a_network_that_differs_in_what_no_shape_shows_is_another"),
+    Mutant("arguments-left-out-are-another-network", "tasks/saving.py", "found, wanted = completed(found), completed(wanted)", "pass", "diffusers::test_a_model_is_read_back_after_its_folder_has_moved_and_been_written_again"),
+    Mutant("a-header-of-any-depth", "tasks/saving.py", "    if beyond:", "    if False:", "diffusers::test_a_header_of_a_network_of_very_many_layers_builds_none"),
+    Mutant("an-empty-task-is-none", "tasks/saving.py", "header is not None and task is None else task", "header is not None and not task else task", "saving::test_a_task_without_a_name_is_no_missing_task"),
+    Mutant("an-empty-task-is-the-default", "cli/evidence.py", "DEFAULT_TASK if task is None else task", "task or DEFAULT_TASK", "cli::test_a_file_of_weights_is_evaluated_on_its_own_task_or_on_a_given_one"),
+    Mutant("another-task-untold", "cli/evidence.py", "    if note is not None:", "    if False:", "cli::test_a_file_of_a_task_by_another_name_is_evaluated_with_one_line_of_warning"),
+    Mutant("recurrent-layers-are-not-counted", "policies/sb3.py", 'needed += 4 * hidden**2 * arguments.get("n_lstm_layers", 1)', "pass", "agent_files::test_layers_of_more_weights_than_the_file_holds_are_not_built"),
+    Mutant("an-expanded-tensor-counts-in-full", "policies/sb3.py", "w.untyped_storage().nbytes() // w.itemsize for", "w.numel() for", "agent_files::test_a_tensor_that_shows_one_number_a_billion_times_counts_as_one"),
+    Mutant("statistics-clipped-at-zero", "policies/normalization.py", "if not found.clip > 0", "if found.clip < 0", "agent_files::test_statistics_that_cannot_be_used_are_refused"),
+    Mutant("statistics-of-one-byte-order", "policies/normalization.py", 'byte_order not in ("<", ">")', 'byte_order not in ("<",)', "agent_files::test_statistics_with_numpys_numbers_in_them_are_what_they_say"),
+    Mutant("replaced-parameters-go-unnoticed", "models/flat.py", "return all(parameters.get(name) is parameter", "return True or all(parameters.get(name) is parameter", "torch_state::test_parameters_that_the_run_does_not_train_are_noticed_before_anything_is_drawn"),
+    Mutant("replaced-data-goes-unnoticed", "models/flat.py", "if parameter.data_ptr() != place:", "if False:", "torch_state::test_parameters_that_the_run_does_not_train_are_noticed_before_anything_is_drawn"),
 ]  # fmt: skip
 """One mutant for each kind of fault; mutants without an observable effect are omitted."""
 

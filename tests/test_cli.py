@@ -19,7 +19,7 @@ from unlearn_gym.cli.arguments import parse_options
 from unlearn_gym.cli.evidence import _task_of, print_tables
 from unlearn_gym.cli.terminal import show
 from unlearn_gym.envs.infos import INFO_KEYS, VECTOR_KEYS
-from unlearn_gym.errors import WeightsError
+from unlearn_gym.errors import TaskError, WeightsError
 from unlearn_gym.evaluation.cell import REFERENCES
 from unlearn_gym.evaluation.results import Results, load_results
 from unlearn_gym.evaluation.tables import terminal
@@ -190,8 +190,28 @@ def test_a_file_of_weights_is_evaluated_on_its_own_task_or_on_a_given_one(tmp_pa
     assert _task_of("oracle", None) == "mnist-trousers"
     with pytest.raises(WeightsError, match="give --task"):
         _task_of(str(bare), None)
-    with pytest.raises(WeightsError, match="says that it is of task 'gaussians-2d', and not of 'mnist-trousers'"):
+    with pytest.raises(WeightsError, match="another noise schedule than task 'mnist-trousers' has"):
         _task_of(str(saved), "mnist-trousers")
+    for weights in (str(saved), str(bare), "oracle"):
+        with pytest.raises(TaskError, match="unknown task ''"):
+            get_task(_task_of(weights, ""))
+
+
+def test_a_file_of_a_task_by_another_name_is_evaluated_with_one_line_of_warning(tmp_path, monkeypatch, capsys):
+    task, path = get_task("gaussians-2d"), tmp_path / "saved.safetensors"
+    save_model(task.pretrained_model(), task, path)
+    register_task(replace(task, name="points-of-mine"))
+    for given in ("points-of-mine", "gaussians-2d:0,4"):
+        monkeypatch.setattr(sys, "argv", ["unlearn-gym", "evaluate", str(path), *SIZES, "--task", given])
+        main()
+        captured = capsys.readouterr()
+        assert f"of {given}" in captured.out
+        lines = captured.err.splitlines()
+        if given == "points-of-mine":
+            (line,) = lines
+            assert line.startswith(f"unlearn-gym: {path} says that it is of task 'gaussians-2d'; it is taken as one of")
+        else:
+            assert lines == []
 
 
 def test_options_fit_a_terminal_and_are_markdown_in_a_pipe(monkeypatch, capsys):

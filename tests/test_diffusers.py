@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import pickle
@@ -28,6 +29,7 @@ from unlearn_gym.models.diffusers_folder import SCHEDULES, WEIGHTS, read_folder
 from unlearn_gym.models.diffusers_unet import (
     PREDICTION_TYPES,
     DiffusersConfig,
+    excess,
     published_siss_network,
 )
 from unlearn_gym.models.weights import read_tensors, save_weights
@@ -35,7 +37,7 @@ from unlearn_gym.run import UnlearningRun
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.tasks import Task, TaskData, get_task, load_data, register_task
 from unlearn_gym.tasks.diffusers_pipeline import diffusers_task
-from unlearn_gym.tasks.saving import load_model, save_model
+from unlearn_gym.tasks.saving import Header, load_model, save_model
 
 from .test_run import plain_update
 
@@ -777,3 +779,94 @@ def test_a_missing_library_is_one_line(monkeypatch):
 def test_a_task_without_constants_says_so(saved, tmp_path):
     with pytest.raises(TaskError, match=r"run unlearn_gym\.calibration\.calibrate in Python"):
         _ = diffusers_task("bare", saved, load_unlabelled, tmp_path).constants
+
+
+def test_a_model_is_not_read_as_one_that_predicts_something_else(tmp_path):
+    """Every shape is the same, and every prediction would be wrong."""
+    for kind in PREDICTION_TYPES:
+        config = DiffusersConfig(unet=TINY, prediction_type=kind)
+        task = diffusers_task("predicts", config, load_unlabelled, tmp_path / kind)
+        path = save_model(task.build_model(), task, tmp_path / f"{kind}.safetensors")
+        load_model(path, task)
+        for other in PREDICTION_TYPES:
+            if other != kind:
+                wrong = diffusers_task(
+                    "predicts", config.model_copy(update={"prediction_type": other}), load_unlabelled, tmp_path / other
+                )
+                with pytest.raises(WeightsError, match=f"prediction_type='{kind}' and not '{other}'; give the task"):
+                    load_model(path, wrong)
+    wrong = diffusers_task("predicts", DiffusersConfig(unet=TINY | {"act_fn": "relu"}), load_unlabelled, tmp_path / "a")
+    with pytest.raises(WeightsError, match=r"unet\.act_fn='silu' and not 'relu'"):
+        load_model(tmp_path / "epsilon.safetensors", wrong)
+    hiding = config.model_copy(update={"unet": config.unet | {"prediction_type": "epsilon", "unknown": None}})
+    header = Header.of(dataclasses.replace(task, network=hiding))
+    save_weights(path, task.build_model().state_dict(), header.as_metadata())
+    right = diffusers_task("predicts", DiffusersConfig(unet=TINY), load_unlabelled, tmp_path / "epsilon")
+    with pytest.raises(WeightsError, match="prediction_type='sample' and not 'epsilon'"):
+        load_model(path, right)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_a_model_is_read_back_after_its_folder_has_moved_and_been_written_again(prediction_type, tmp_path):
+    said = {"prediction_type": prediction_type, "beta_schedule": "squaredcos_cap_v2"}
+    arguments = TINY | {"num_class_embeds": 2, "dropout": 0.1}
+    env = unlearned(save_pipeline(tmp_path / "old", arguments, **said), tmp_path / "assets", load_labelled)
+    path, name = env.save(tmp_path / "one.safetensors"), env.task.name
+    (tmp_path / "old").rename(tmp_path / "new")
+    env.save(tmp_path / "again")
+    for i, folder in enumerate((tmp_path / "new", tmp_path / "again")):
+        task = diffusers_task(name, folder, load_labelled, tmp_path / f"assets-{i}")
+        state, live = load_model(path, task).state_dict(), env.run.export().state_dict()
+        assert all(torch.equal(state[name], live[name]) for name in live)
+    short = DiffusersConfig(unet=TINY | {"num_class_embeds": 2}, **said_of(env.task.network))
+    load_model(path, diffusers_task(name, short, load_labelled, tmp_path / "short"))
+
+
+def said_of(config):
+    return {"prediction_type": config.prediction_type, "schedule": config.schedule}
+
+
+MANY = ["DownBlock2D"] * 17
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers_per_block": 20_000}, "layers_per_block=20000, more than 64 layers in a block"),
+        ({"layers_per_block": 10**400}, "layers_per_block=<a whole number of 1329 bits>, more than 64"),
+        ({"layers_per_block": 1e300}, r"layers_per_block=1e\+300, more than 64"),
+        ({"layers_per_block": [1, 65]}, r"layers_per_block=\[1, 65\], more than 64"),
+        ({"layers_per_block": 9, "transformer_layers_per_block": 9}, "transformer_layers_per_block=9, more than 64"),
+        ({"transformer_layers_per_block": [[1, 2], [[70]]]}, "more than 64"),
+        ({"layers_per_block": 2, "reverse_transformer_layers_per_block": [[33]]}, "more than 64"),
+        ({"down_block_types": MANY}, "17 down_block_types, more than 16"),
+        ({"up_block_types": MANY}, "17 up_block_types, more than 16"),
+        ({"block_out_channels": [8] * 17}, "17 block_out_channels, more than 16"),
+    ],
+)
+def test_a_header_of_a_network_of_very_many_layers_builds_none(changes, message, tmp_path, monkeypatch):
+    task = diffusers_task("deep", DiffusersConfig(unet=TINY), load_unlabelled, tmp_path / "assets")
+    deep = task.network.model_copy(update={"unet": task.network.unet | changes})
+    path = tmp_path / "model.safetensors"
+    save_weights(
+        path, task.build_model().state_dict(), Header.of(dataclasses.replace(task, network=deep)).as_metadata()
+    )
+    monkeypatch.setattr(DiffusersConfig, "__call__", lambda self: pytest.fail("it was built"))
+    with pytest.raises(WeightsError, match=f"its header has .*{message}.*; give task= the one that it was trained"):
+        load_model(path)
+
+
+def test_networks_of_the_size_of_published_ones_are_not_too_deep():
+    assert excess(published_siss_network()) is None
+    deep = {"layers_per_block": 64, "block_out_channels": [8] * 16, "down_block_types": MANY[1:]}
+    assert excess(DiffusersConfig(unet=deep)) is None
+    turned = {"transformer_layers_per_block": [1, 2, 10], "reverse_transformer_layers_per_block": [[10, 2, 1]] * 2}
+    assert excess(DiffusersConfig(unet={"layers_per_block": [2, 2, 3], **turned})) is None
+
+
+def test_a_saved_model_without_the_library_names_the_library(tmp_path, monkeypatch):
+    task = diffusers_task("lacking", DiffusersConfig(unet=TINY), load_unlabelled, tmp_path / "assets")
+    path = save_model(task.build_model(), task, tmp_path / "model.safetensors")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(SettingsError, match=r"^UNet2DModel needs diffusers; install it with: pip install"):
+        load_model(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import gymnasium as gym
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from safetensors.torch import load_model as load_safetensors
 from safetensors.torch import save_model as save_safetensors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import unlearn_gym  # noqa: F401
 from unlearn_gym.cli import COMMANDS
@@ -20,10 +22,12 @@ from unlearn_gym.errors import SettingsError, TaskError, WeightsError
 from unlearn_gym.evaluation.cell import final_model
 from unlearn_gym.evaluation.comparison import Comparison, run_comparison
 from unlearn_gym.evaluation.judge import EvaluationSettings
-from unlearn_gym.models import MLPConfig
+from unlearn_gym.models import MLPConfig, UNetConfig, build_network
 from unlearn_gym.models.weights import save_weights
 from unlearn_gym.tasks import get_task
 from unlearn_gym.tasks.saving import Header, load_model, read_header, save_model
+
+from .conftest import TASKS
 
 KINDS = ("gaussians-2d", "mnist-digits", "sfd-mnist-digits", "vae-mnist-trousers")
 
@@ -117,8 +121,6 @@ def test_a_model_of_a_task_that_is_gone_is_read_by_its_config(tmp_path, monkeypa
 
 def test_a_model_of_a_network_without_a_config_needs_its_task(tmp_path):
     task = get_task("gaussians-2d")
-    import dataclasses
-
     own = dataclasses.replace(task, name="of-my-own", network=task.build_model)
     path = save_model(own.pretrained_model(), own, tmp_path / "model.safetensors")
     assert read_header(path).network is None
@@ -143,7 +145,7 @@ def test_files_that_are_no_saved_models_are_named(tmp_path):
             load_model(path)
         assert "\n" not in str(caught.value)
     after_a_step().save(path)
-    with pytest.raises(WeightsError, match="is of task 'gaussians-2d', and not of 'mnist-digits'"):
+    with pytest.raises(WeightsError, match="another noise schedule than task 'mnist-digits' has; give the task"):
         load_model(path, "mnist-digits")
     save_file(get_task("gaussians-2d").pretrained_model().state_dict(), path)
     with pytest.raises(WeightsError, match="made for another network"):
@@ -250,7 +252,7 @@ def test_a_header_that_contradicts_the_task_is_refused(tmp_path):
     task, path = get_task("gaussians-2d"), tmp_path / "model.safetensors"
     model = task.pretrained_model()
     save_model(model, task, path)
-    with pytest.raises(WeightsError, match="is of task 'gaussians-2d'"):
+    with pytest.raises(WeightsError, match="give the task that it was trained for, which it calls 'gaussians-2d'"):
         load_model(path, "mnist-trousers")
     other = Header.of(task).model_copy(update={"schedule": ScheduleConfig(num_train_timesteps=7)})
     save_weights(path, model.state_dict(), other.as_metadata())
@@ -259,3 +261,142 @@ def test_a_header_that_contradicts_the_task_is_refused(tmp_path):
     for value in (None, 5, b"x"):
         with pytest.raises(WeightsError, match="must be the path"):
             load_model(value)
+
+
+def with_header(path, task, network=None, **changes):
+    """A file of ``task``'s pretrained weights, whose header says something else."""
+    header = json.loads(Header.of(task).model_dump_json()) | changes
+    header["network"] = header["network"] if network is None else network
+    save_weights(path, task.pretrained_model().state_dict(), {"unlearn_gym": json.dumps(header)})
+    return path
+
+
+@pytest.mark.parametrize("own_code", [False, True])
+def test_a_model_of_a_task_by_another_name_is_loaded_with_one_line_of_warning(own_code, tmp_path):
+    task = get_task("gaussians-2d")
+    first = dataclasses.replace(task, name="renamed-a", network=task.build_model if own_code else task.network)
+    second = dataclasses.replace(first, name="renamed-b")
+    path = save_model(task.pretrained_model(), first, tmp_path / "new\nline.safetensors")
+    with pytest.warns(UserWarning, match="says that it is of task 'renamed-a'; it is taken as one of") as caught:
+        model = load_model(path, second)
+    assert equal(model, task.pretrained_model())
+    (told,) = caught
+    assert told.filename == __file__
+    assert "\n" not in str(told.message)
+    with pytest.warns(UserWarning, match="'renamed-a'"):
+        load_model(path, "gaussians-2d")
+    if own_code:
+        with pytest.raises(TaskError, match=r"unknown task 'renamed-a'.*or give a task whose network"):
+            load_model(path)
+    other = dataclasses.replace(second, schedule=ScheduleConfig(num_train_timesteps=7))
+    with pytest.raises(WeightsError, match="another noise schedule than task 'renamed-b' has"):
+        load_model(path, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("gaussians-2d:2,5", "gaussians-2d"),
+        ("gaussians-2d", "gaussians-2d:2,5"),
+        ("gaussians-2d:0,4", "gaussians-2d:1"),
+    ],
+)
+def test_a_model_of_one_member_of_a_family_is_loaded_for_another_without_a_word(name, given, tmp_path):
+    path = save_model(get_task(name).pretrained_model(), get_task(name), tmp_path / "model.safetensors")
+    assert equal(load_model(path, given), get_task(name).pretrained_model())
+    assert equal(load_model(path, name), get_task(name).pretrained_model())
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_shipped_task_takes_the_files_of_its_own_models(name, tmp_path):
+    task = get_task(name)
+    path = save_model(task.build_model(), task, tmp_path / "model.safetensors")
+    assert load_model(path, task).state_dict().keys() == load_model(path).state_dict().keys()
+
+
+def test_a_task_without_a_name_is_no_missing_task(tmp_path):
+    path = after_a_step().save(tmp_path / "model.safetensors")
+    with pytest.raises(TaskError, match="unknown task ''"):
+        load_model(path, task="")
+
+
+def test_a_network_that_differs_in_what_no_shape_shows_is_another(tmp_path):
+    task = get_task("vae-mnist-trousers")
+    path = with_header(tmp_path / "model.safetensors", task, task.network.model_dump(mode="json") | {"std": 0.5})
+    assert load_model(path).config.std == 0.5
+    with pytest.raises(WeightsError, match="than task 'mnist-trousers' has, kind='vae' and not 'unet'; give the task"):
+        load_model(path, dataclasses.replace(get_task("mnist-trousers"), schedule=task.schedule))
+    with pytest.raises(WeightsError, match=r"than task 'vae-mnist-trousers' has, std=0\.5 and not 1\.0"):
+        load_model(path, task)
+
+
+@pytest.mark.parametrize(
+    ("network", "field"),
+    [
+        ({"kind": "unet", "num_blocks": 20_000}, "network.unet.num_blocks=20000"),
+        ({"kind": "unet", "image_size": 2**20, "channels": [8] * 17}, r"network.unet.channels=\(8, .*at most 16"),
+        ({"kind": "mlp", "hidden": [8] * 20_000}, r"network.mlp.hidden=\(8, .*at most 64"),
+        ({"kind": "cnn"}, "network={'kind': 'cnn'}: kind must be 'unet', 'mlp', 'vae' or 'diffusers'"),
+        ({}, "network={}: kind must be"),
+        (3, "network=3: kind must be"),
+    ],
+    ids=["blocks", "resolutions", "layers", "unknown", "none", "number"],
+)
+def test_a_header_of_more_layers_than_a_network_has_is_named_by_its_field(network, field, tmp_path, monkeypatch):
+    path = with_header(tmp_path / "model.safetensors", get_task("gaussians-2d"), network)
+    monkeypatch.setattr("unlearn_gym.tasks.saving.build_network", lambda config: pytest.fail("it was built"))
+    with pytest.raises(WeightsError, match=f"{field}.*; save the model again"):
+        load_model(path)
+
+
+def test_the_bounds_of_networks_leave_room():
+    for config in (UNetConfig(channels=(8,) * 2, num_blocks=64), MLPConfig(hidden=(8,) * 64)):
+        with torch.device("meta"):
+            build_network(config)
+
+
+def test_a_header_longer_than_any_is_not_parsed(tmp_path):
+    task, path = get_task("gaussians-2d"), tmp_path / "model.safetensors"
+    text = Header.of(task).model_dump_json()
+    for length, refused in ((2**16, False), (2**16 + 1, True)):
+        save_weights(path, task.pretrained_model().state_dict(), {"unlearn_gym": text.ljust(length)})
+        if not refused:
+            assert equal(load_model(path), task.pretrained_model())
+            continue
+        with pytest.raises(WeightsError, match="has a header of 65,537 characters; save the model again"):
+            load_model(path)
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the largest tensor outside ``meta`` that any operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, torch.Tensor) and value.device.type != "meta":
+                self.largest = max(self.largest, value.numel())
+        return result
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"kind": "mlp", "hidden": [1500, 1500]},
+        {"kind": "unet", "channels": [8, 512]},
+        {"kind": "vae", "hidden_dim": 4000},
+        {"kind": "mlp", "dim": 10**7},
+    ],
+    ids=["mlp", "unet", "vae", "dim"],
+)
+def test_nothing_of_the_size_that_a_lying_header_claims_is_allocated(network, tmp_path):
+    task = get_task("gaussians-2d")
+    path = with_header(tmp_path / "model.safetensors", task, network)
+    held = max(value.numel() for value in task.pretrained_model().state_dict().values())
+    with Allocations() as seen, pytest.raises(WeightsError, match="holds other tensors than the network of its header"):
+        load_model(path)
+    assert seen.largest <= held
+    with Allocations() as seen:
+        load_model(save_model(task.pretrained_model(), task, path))
+    assert seen.largest >= held  # so the above would have been seen

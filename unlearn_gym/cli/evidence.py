@@ -171,20 +171,22 @@ def evaluate(
 
 
 def _task_of(weights: str, task: str | None) -> str:
-    """The task to evaluate ``weights`` on; :class:`WeightsError` where file and ``task`` disagree or say nothing."""
+    """The task to evaluate ``weights`` on; :class:`WeightsError` where the file does not fit it or says nothing."""
     from unlearn_gym.envs.siss_unlearn import DEFAULT_TASK
     from unlearn_gym.errors import WeightsError
-    from unlearn_gym.tasks import get_task
-    from unlearn_gym.tasks.saving import check_header, read_header
+    from unlearn_gym.evaluation.comparison import tell
+    from unlearn_gym.tasks.saving import fitting_task, other_task, read_header
 
     if not weights.endswith(".safetensors"):
-        return task or DEFAULT_TASK
+        return DEFAULT_TASK if task is None else task
     header = read_header(weights)
     if task is None and header is None:
         raise WeightsError(f"{weights} does not say which task it is of; give --task")
-    name = task or (header.task if header else DEFAULT_TASK)
-    check_header(header, get_task(name), weights)
-    return name
+    chosen = fitting_task(header, task, weights)
+    note = other_task(header, chosen, weights)
+    if note is not None:
+        tell(note)
+    return chosen.name
 
 
 def metrics() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any, Literal, get_args
 
@@ -9,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from unlearn_gym.diffusion import ScheduleConfig, per_sample
-from unlearn_gym.errors import SettingsError, error_line
+from unlearn_gym.errors import SettingsError, error_line, shown
 
 Architecture = Literal["UNet2DModel", "UNet2DConditionModel"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
@@ -22,6 +23,8 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "time_cond_proj_dim": (None,),
 }
 """Arguments of the library's that make a network need more than x_t, an integer timestep and a label."""
+MOST_BLOCKS, MOST_LAYERS = 16, 64
+"""Of a network that a file from outside describes, and of each of its blocks: more than published ones have."""
 
 
 class DiffusersConfig(BaseModel):
@@ -61,6 +64,41 @@ class DiffusersConfig(BaseModel):
     def __call__(self) -> DiffusersNetwork:
         """A freshly initialised network; draws from torch's global generator like every ``nn.Module``."""
         return DiffusersNetwork(self)
+
+
+def completed(config: DiffusersConfig) -> DiffusersConfig:
+    """``config`` with every argument that it leaves out, so that configs of one network are equal."""
+    known = inspect.signature(getattr(import_diffusers(config.architecture), config.architecture).__init__).parameters
+    defaults = {name: one.default for name, one in known.items() if one.default is not one.empty}
+    given = {name: value for name, value in config.unet.items() if not name.startswith("_")}  # who wrote it, and when
+    fields = {name: getattr(config, name) for name in DiffusersConfig.model_fields}
+    return DiffusersConfig(**{**fields, "unet": {**defaults, **given, "dropout": 0.0}})  # dropout is always off
+
+
+def excess(config: DiffusersConfig) -> str | None:
+    """Which of its arguments give a network more blocks or layers than any should have; None if none does."""
+    unet = config.unet
+    for name in ("block_out_channels", "down_block_types", "up_block_types"):
+        if isinstance(unet.get(name), list | str) and len(unet[name]) > MOST_BLOCKS:
+            return f"{len(unet[name])} {name}, more than {MOST_BLOCKS}"
+    names = ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
+    layers, *within = (unet.get(name) for name in names)
+    if _largest(layers) * _largest(within) > MOST_LAYERS:
+        told = ", ".join(f"{name}={shown(unet[name])}" for name in names if name in unet)
+        return f"{told}, more than {MOST_LAYERS} layers in a block"
+    return None
+
+
+def _largest(value: Any) -> float:
+    """The largest number in nested lists, at least 1, and of those above :data:`MOST_LAYERS` no more than the next."""
+    found, left = 1.0, [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, list):
+            left.extend(item)
+        elif isinstance(item, int | float):
+            found = max(found, min(item, MOST_LAYERS + 1))
+    return found
 
 
 def to_epsilon(output: Tensor, x_t: Tensor, alpha_bars: Tensor, prediction_type: PredictionType) -> Tensor:

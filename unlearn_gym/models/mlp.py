@@ -20,7 +20,7 @@ class MLPConfig(Checked):
 
     kind: Literal["mlp"] = "mlp"
     dim: int = Field(2, ge=1)
-    hidden: tuple[int, ...] = (64, 64, 64)
+    hidden: tuple[int, ...] = Field((64, 64, 64), max_length=64)
     embedding_dim: int = Field(32, ge=4)
 
 

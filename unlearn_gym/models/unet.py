@@ -22,8 +22,8 @@ class UNetConfig(Checked):
     kind: Literal["unet"] = "unet"
     image_channels: int = Field(1, ge=1)
     image_size: int = Field(28, ge=4)
-    channels: tuple[int, ...] = (32, 64)
-    num_blocks: int = Field(2, ge=1)
+    channels: tuple[int, ...] = Field((32, 64), max_length=16)  # more would take minutes to build
+    num_blocks: int = Field(2, ge=1, le=64)
     attention: bool = True
     embedding_dim: int = Field(128, ge=8)
     num_classes: int | None = Field(None, ge=1)
