@@ -18,8 +18,8 @@ from agents.hyperparameters import COUNT, POSITIVE, ranges
 from unlearn_gym import ENV_ID
 from unlearn_gym.errors import SettingsError, describe_validation_error, error_line, shown
 from unlearn_gym.files import FormatError, read_yaml
+from unlearn_gym.system.values import Checked
 from unlearn_gym.tasks import get_task
-from unlearn_gym.values import Checked
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "agents"
 ALGORITHMS = {

@@ -15,12 +15,12 @@ from unlearn_gym.cli.arguments import Trust
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.envs.siss_unlearn import DEFAULT_TASK
 from unlearn_gym.errors import SettingsError
-from unlearn_gym.evaluation.episode import Episode, policy_context, run_episode
 from unlearn_gym.files import replacing, write_text
-from unlearn_gym.instances import load_instances
-from unlearn_gym.locks import folder_lock
 from unlearn_gym.policies import make_policy, split_name
+from unlearn_gym.policies.episode import Episode, policy_context, run_episode
 from unlearn_gym.policies.manifest import AgentManifest, read_manifest
+from unlearn_gym.system.locks import folder_lock
+from unlearn_gym.tasks.instances import load_instances
 
 help_ = tyro.conf.arg
 FRAME_MILLISECONDS = 120

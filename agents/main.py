@@ -12,8 +12,8 @@ import tyro
 from pydantic import ValidationError
 
 from unlearn_gym.errors import UnlearnGymError, check_texts, describe_validation_error, line_with_log, one_line
-from unlearn_gym.interrupts import INTERRUPTED, restore_interrupts
-from unlearn_gym.processes import Terminated, signals_as_interrupts
+from unlearn_gym.system.interrupts import INTERRUPTED, restore_interrupts
+from unlearn_gym.system.processes import Terminated, signals_as_interrupts
 
 
 def run_command(name: str, function: Callable[..., Any]) -> None:

@@ -17,8 +17,8 @@ from agents.training import FIRST_VALIDATION_SEED, Plan, read_stages, static_ret
 from unlearn_gym.cli.arguments import OptionTexts, parse_options
 from unlearn_gym.errors import PolicyError, SettingsError
 from unlearn_gym.files import replacing, sha256, write_json
-from unlearn_gym.locks import folder_lock
 from unlearn_gym.policies.manifest import read_manifest
+from unlearn_gym.system.locks import folder_lock
 from unlearn_gym.tasks import get_task
 
 help_ = tyro.conf.arg

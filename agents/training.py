@@ -28,13 +28,13 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 from agents.checkpoints import restore_checkpoint, save_checkpoint
 from agents.config import AgentConfig
 from unlearn_gym import ENV_ID
-from unlearn_gym.curves import curve_errors
 from unlearn_gym.envs import SB3VecEnv
 from unlearn_gym.errors import SettingsError, shown
 from unlearn_gym.files import checksum, copy_file, read_json_as, sha256, write_json
-from unlearn_gym.instances import load_instances
-from unlearn_gym.locks import folder_lock
 from unlearn_gym.settings import usable_device
+from unlearn_gym.system.curves import curve_errors
+from unlearn_gym.system.locks import folder_lock
+from unlearn_gym.tasks.instances import load_instances
 
 FIRST_TRAINING_SEED = 1_000_000
 """Training seeds begin here and validation seeds at twice that; a comparison's begin at 0."""

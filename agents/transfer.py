@@ -20,18 +20,18 @@ from tqdm import tqdm
 import unlearn_gym
 from agents.main import invocation, run_command
 from unlearn_gym.cli.arguments import OptionTexts, Trust, parse_options
-from unlearn_gym.engines import run_calls
+from unlearn_gym.comparison.engines import run_calls
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.errors import PolicyError, ResultsError
-from unlearn_gym.evaluation.episode import policy_context, run_episode
-from unlearn_gym.evaluation.statistics import Estimate, bootstrap_mean, holm, paired_difference, paired_p_value
-from unlearn_gym.evaluation.tables import NOTHING, estimate_text, markdown_table, p_text
 from unlearn_gym.files import checksum, read_json_as, sha256, write_json, write_text
-from unlearn_gym.instances import Instance, load_instances
-from unlearn_gym.locks import folder_lock
+from unlearn_gym.math.statistics import Estimate, bootstrap_mean, holm, paired_difference, paired_p_value
 from unlearn_gym.policies import existing_sources, make_policy, split_name
+from unlearn_gym.policies.episode import policy_context, run_episode
 from unlearn_gym.policies.manifest import read_manifest
+from unlearn_gym.report.tables import NOTHING, estimate_text, markdown_table, p_text
+from unlearn_gym.system.locks import folder_lock
 from unlearn_gym.tasks import Task, get_task, load_data
+from unlearn_gym.tasks.instances import Instance, load_instances
 
 help_ = tyro.conf.arg
 DEFAULT_STATICS = ("static:0.1", "static:0.3", "static:0.5", "static:0.7", "static:0.9")

@@ -19,11 +19,11 @@ from agents.config import AgentConfig, load_config
 from agents.main import invocation, run_command
 from agents.training import Plan, read_stages, train_agent
 from unlearn_gym import ENV_ID
-from unlearn_gym.engines import Engine, run_calls
+from unlearn_gym.comparison.engines import Engine, run_calls
 from unlearn_gym.errors import SettingsError, error_line
-from unlearn_gym.evaluation.tables import markdown_table
 from unlearn_gym.files import write_json, write_text
-from unlearn_gym.locks import folder_lock
+from unlearn_gym.report.tables import markdown_table
+from unlearn_gym.system.locks import folder_lock
 from unlearn_gym.tasks import get_task
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import sys
 import gymnasium as gym
 
 import unlearn_gym
-from unlearn_gym.evaluation.episode import policy_context, run_episode
+from unlearn_gym.policies.episode import policy_context, run_episode
 from unlearn_gym.policies import make_policy
 
 assert unlearn_gym.__file__.startswith(sys.argv[1]), unlearn_gym.__file__

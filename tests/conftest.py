@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from unlearn_gym.errors import LONGEST_LINE, shown
-from unlearn_gym.locks import folder_lock
 from unlearn_gym.run import UnlearningRun
+from unlearn_gym.system.locks import folder_lock
 from unlearn_gym.tasks import get_task, load_data
 
 torch.set_num_threads(1)

@@ -32,19 +32,19 @@ from agents.main import run_command
 from agents.training import train_agent
 from agents.transfer import transfer
 from unlearn_gym.cli import main
+from unlearn_gym.comparison.comparison import Comparison, run_comparison
+from unlearn_gym.comparison.results import merge_results
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.errors import PolicyError, ResultsError, SettingsError
-from unlearn_gym.evaluation.comparison import Comparison, run_comparison
-from unlearn_gym.evaluation.episode import policy_context, run_episode
-from unlearn_gym.evaluation.judge import EvaluationSettings
-from unlearn_gym.evaluation.report import write_report
-from unlearn_gym.evaluation.results import merge_results
 from unlearn_gym.files import sha256
+from unlearn_gym.metrics.judge import EvaluationSettings
 from unlearn_gym.policies import make_policy, policy_sources, split_name
+from unlearn_gym.policies.episode import policy_context, run_episode
 from unlearn_gym.policies.normalization import ADMITTED, _Part, _PartsUnpickler, read_statistics
 from unlearn_gym.policies.registry import SHIPPED_AGENTS
 from unlearn_gym.policies.sb3 import SB3Policy
 from unlearn_gym.policies.sb3_file import read_agent
+from unlearn_gym.report.report import write_report
 
 from .test_agents import HIGH, LOW, ROOT, small_plan
 
@@ -643,7 +643,7 @@ def test_an_agent_goes_by_its_name_in_results_tables_and_pictures(tmp_path, monk
     assert results.of("mine")[0]["trace"] == results.of("other")[0]["trace"]
     assert json.loads((tmp_path / "out" / "results.json").read_text())["comparison"]["named"]["mine"] == str(path)
     drawn: list[str] = []
-    monkeypatch.setattr("unlearn_gym.evaluation.pictures.color", lambda policy: drawn.append(policy) or "black")
+    monkeypatch.setattr("unlearn_gym.report.pictures.color", lambda policy: drawn.append(policy) or "black")
     report = write_report(results, tmp_path / "out").read_text()
     assert "mine" in drawn
     assert str(path) not in drawn
@@ -724,8 +724,8 @@ def test_the_word_of_the_command_line_reaches_the_policies(trust, tmp_path, monk
     path = saved(tmp_path / "a.zip")
     arm = f"{{name: a, task: gaussians-2d, policies: [static:0.5, mine={path}]}}"
     (tmp_path / "own.yaml").write_text(f"question: Why?\nseeds: 1\narms: [{arm}]\n")
-    monkeypatch.setattr("unlearn_gym.evaluation.comparison.run_comparison", stop)
-    monkeypatch.setattr("unlearn_gym.evaluation.experiment.run_comparison", stop)
+    monkeypatch.setattr("unlearn_gym.comparison.comparison.run_comparison", stop)
+    monkeypatch.setattr("unlearn_gym.making.experiment.run_comparison", stop)
     for command in (
         ["compare", "--task", "gaussians-2d", "--policies", f"mine={path}"],
         ["experiment", str(tmp_path / "own.yaml")],

@@ -31,14 +31,14 @@ from agents.hyperparameters import RANGES
 from agents.main import run_command
 from agents.train import train as train_command
 from agents.training import FIRST_VALIDATION_SEED, Plan, read_stages, static_returns, train_agent
+from unlearn_gym.comparison.comparison import Comparison
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.errors import LockError, PolicyError, SettingsError
-from unlearn_gym.evaluation.comparison import Comparison
-from unlearn_gym.evaluation.episode import policy_context, run_episode
 from unlearn_gym.files import sha256
-from unlearn_gym.instances import load_instances
 from unlearn_gym.policies import make_policy
+from unlearn_gym.policies.episode import policy_context, run_episode
 from unlearn_gym.policies.registry import SHIPPED_AGENTS
+from unlearn_gym.tasks.instances import load_instances
 from unlearn_gym.tasks.saving import load_model
 
 from .conftest import TASKS

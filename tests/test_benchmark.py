@@ -16,7 +16,7 @@ from unlearn_gym.benchmark.figures import Figure, markdown
 from unlearn_gym.benchmark.suite import figures_of, load, report, run_suite
 from unlearn_gym.envs.features import GROUPS
 from unlearn_gym.errors import SettingsError
-from unlearn_gym.objectives.epsilon import EPSILON_OBJECTIVES
+from unlearn_gym.run.objectives.epsilon import EPSILON_OBJECTIVES
 
 
 def flops(function) -> int:

@@ -18,15 +18,15 @@ from torchvision.datasets import CIFAR10
 
 from unlearn_gym.benchmark.networks import CANDIDATES, network_costs
 from unlearn_gym.cli import main
+from unlearn_gym.comparison.comparison import Comparison, run_comparison
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.errors import DataError, TaskError, WeightsError
-from unlearn_gym.evaluation import inception
-from unlearn_gym.evaluation.comparison import Comparison, run_comparison
-from unlearn_gym.evaluation.judge import EvaluationSettings
-from unlearn_gym.evaluation.metrics import Evaluator
-from unlearn_gym.evaluation.quality import class_score, fid, kid
-from unlearn_gym.evaluation.report import write_report
+from unlearn_gym.metrics import inception
+from unlearn_gym.metrics.evaluator import Evaluator
+from unlearn_gym.metrics.judge import EvaluationSettings
+from unlearn_gym.metrics.quality import class_score, fid, kid
 from unlearn_gym.models import UNetConfig, build_network
+from unlearn_gym.report.report import write_report
 from unlearn_gym.tasks import (
     HOME_VARIABLE,
     TaskFamily,

@@ -18,12 +18,12 @@ from unlearn_gym.cli import COMMANDS, main
 from unlearn_gym.cli.arguments import parse_options
 from unlearn_gym.cli.evidence import _task_of, print_tables
 from unlearn_gym.cli.terminal import show
+from unlearn_gym.comparison.records import REFERENCES
+from unlearn_gym.comparison.results import Results, load_results
 from unlearn_gym.envs.infos import INFO_KEYS, VECTOR_KEYS
 from unlearn_gym.errors import TaskError, WeightsError
-from unlearn_gym.evaluation.cell import REFERENCES
-from unlearn_gym.evaluation.results import Results, load_results
-from unlearn_gym.evaluation.tables import terminal
 from unlearn_gym.models.weights import save_weights
+from unlearn_gym.report.tables import terminal
 from unlearn_gym.settings import PRESETS, RunSettings
 from unlearn_gym.tasks import get_task, register_task, registry
 from unlearn_gym.tasks.saving import save_model

@@ -19,25 +19,29 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from unlearn_gym.errors import LockError, PolicyError, ResultsError, SettingsError
-from unlearn_gym.evaluation import tables
-from unlearn_gym.evaluation.cell import FINETUNE, ORACLE, UNTOUCHED, pack_samples, unpack_samples
-from unlearn_gym.evaluation.comparison import Comparison, default_policies, run_comparison
-from unlearn_gym.evaluation.judge import EvaluationSettings
-from unlearn_gym.evaluation.records import (
+from unlearn_gym.comparison.comparison import Comparison, default_policies, run_comparison
+from unlearn_gym.comparison.records import (
+    FINETUNE,
     NEEDED_COLUMNS,
+    ORACLE,
+    UNTOUCHED,
     Pictures,
     ResultsRecord,
     Samples,
     fault,
+    pack_samples,
     read_cells,
+    unpack_samples,
     with_checksum,
     write_results,
 )
-from unlearn_gym.evaluation.report import verdict, write_report
-from unlearn_gym.evaluation.results import CELL_FORMAT, Results, load_results, merge_results
-from unlearn_gym.evaluation.store import CellStore
+from unlearn_gym.comparison.results import CELL_FORMAT, Results, load_results, merge_results
+from unlearn_gym.comparison.store import CellStore
+from unlearn_gym.errors import LockError, PolicyError, ResultsError, SettingsError
+from unlearn_gym.metrics.judge import EvaluationSettings
 from unlearn_gym.policies.registry import SHIPPED_AGENTS
+from unlearn_gym.report import tables
+from unlearn_gym.report.report import verdict, write_report
 from unlearn_gym.tasks import get_task, load_data, register_task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -319,7 +323,7 @@ def test_cells_of_a_changed_module_are_run_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = (
         "import json, pathlib, sys; sys.path[:] = [p for p in sys.path if p]\n"
-        "from unlearn_gym.evaluation.comparison import Comparison\n"
+        "from unlearn_gym.comparison.comparison import Comparison\n"
         "for value in (0.2, 0.3):\n"
         "    pathlib.Path('a_policy.py').write_text(f'def choose(obs):\\n    return {value}\\n')\n"
         "    print(json.dumps(Comparison('gaussians-2d', ('a_policy:choose', 'prior'), (0,)).cell_keys()))"
@@ -337,9 +341,9 @@ def test_a_comparison_without_a_static_lambda_does_not_speak_of_the_best_one(tmp
 
 def test_packed_samples_come_back():
     images = torch.rand((50, 1, 4, 4), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    torch.testing.assert_close(unpack_samples(pack_samples(images)), images, atol=0.005, rtol=0)
+    torch.testing.assert_close(torch.from_numpy(unpack_samples(pack_samples(images))), images, atol=0.005, rtol=0)
     points = torch.randn((50, 2), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(unpack_samples(pack_samples(points)), points, atol=0.002, rtol=0)
+    torch.testing.assert_close(torch.from_numpy(unpack_samples(pack_samples(points))), points, atol=0.002, rtol=0)
 
 
 def test_report_holds_every_policy_and_rebuilds_from_the_file(finished, tmp_path):
@@ -413,7 +417,7 @@ def test_a_cell_knows_its_data_and_the_optional_packages(monkeypatch):
     data = load_data(get_task("gaussians-2d"))
     with monkeypatch.context() as patch:
         changed = dataclasses.replace(data, heldout=data.heldout + 1)
-        patch.setattr("unlearn_gym.evaluation.comparison.load_data", lambda *a: changed)
+        patch.setattr("unlearn_gym.comparison.comparison.load_data", lambda *a: changed)
         assert small(("prior",)).cell_keys()["prior"] != key
     with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)
@@ -462,7 +466,7 @@ def test_default_policies_leave_out_agents_that_do_not_ship():
 
 def test_probing_a_run_changes_nothing():
     from unlearn_gym.envs import SISSUnlearnEnv
-    from unlearn_gym.evaluation.episode import run_episode
+    from unlearn_gym.policies.episode import run_episode
     from unlearn_gym.policies.open_loop import StaticPolicy
 
     env = SISSUnlearnEnv("gaussians-2d", horizon=7)

@@ -22,9 +22,9 @@ from torch import nn
 
 import unlearn_gym  # noqa: F401
 from unlearn_gym.cli import COMMANDS
-from unlearn_gym.diffusion import ScheduleConfig, q_sample
 from unlearn_gym.errors import DataError, SettingsError, TaskError, WeightsError
-from unlearn_gym.evaluation.likelihood import ode_nll
+from unlearn_gym.math.diffusion import ScheduleConfig, q_sample
+from unlearn_gym.metrics.likelihood import ode_nll
 from unlearn_gym.models.diffusers_folder import SCHEDULES, WEIGHTS, read_folder
 from unlearn_gym.models.diffusers_unet import (
     PREDICTION_TYPES,
@@ -268,8 +268,8 @@ def test_runs_of_it_can_be_stacked(task):
 
 
 def test_a_comparison_runs_on_it(task, tmp_path):
-    from unlearn_gym.evaluation.comparison import Comparison, run_comparison
-    from unlearn_gym.evaluation.judge import EvaluationSettings
+    from unlearn_gym.comparison.comparison import Comparison, run_comparison
+    from unlearn_gym.metrics.judge import EvaluationSettings
 
     comparison = Comparison(task.name, ("static:0.5",), (0,), {"horizon": 3}, EvaluationSettings(16, 200))
     results = run_comparison(comparison, tmp_path)
@@ -745,8 +745,8 @@ def test_flow_likelihoods_are_those_of_the_data_whatever_the_network_predicts(pr
 
 @pytest.mark.parametrize(("prediction_type", "embedding"), [("sample", "positional"), ("epsilon", "learned")])
 def test_an_evaluation_has_the_likelihoods_of_networks_without_timesteps_between(tmp_path, prediction_type, embedding):
-    from unlearn_gym.evaluation.judge import EvaluationSettings
-    from unlearn_gym.evaluation.metrics import Evaluator
+    from unlearn_gym.metrics.evaluator import Evaluator
+    from unlearn_gym.metrics.judge import EvaluationSettings
 
     unet = TINY | {"time_embedding_type": embedding, "num_train_timesteps": T}
     folder = save_pipeline(tmp_path / "pipeline", unet, prediction_type=prediction_type)
@@ -777,7 +777,7 @@ def test_a_missing_library_is_one_line(monkeypatch):
 
 
 def test_a_task_without_constants_says_so(saved, tmp_path):
-    with pytest.raises(TaskError, match=r"run unlearn_gym\.calibration\.calibrate in Python"):
+    with pytest.raises(TaskError, match=r"run unlearn_gym\.making\.calibration\.calibrate in Python"):
         _ = diffusers_task("bare", saved, load_unlabelled, tmp_path).constants
 
 

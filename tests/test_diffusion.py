@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unlearn_gym.diffusion import ScheduleConfig, grid_loss, inference_timesteps, q_sample, sample
 from unlearn_gym.errors import SettingsError
+from unlearn_gym.math.diffusion import ScheduleConfig, grid_loss, inference_timesteps, q_sample, sample
 
 ALPHAS = ScheduleConfig().alphas_cumprod()
 MEAN, STD = 0.5, 0.2

@@ -15,10 +15,10 @@ import cloudpickle
 import pytest
 
 from agents.tune import tune
-from unlearn_gym import engines
-from unlearn_gym.engines import _call_in, run_calls
+from unlearn_gym.comparison import engines
+from unlearn_gym.comparison.comparison import run_comparison
+from unlearn_gym.comparison.engines import _call_in, run_calls
 from unlearn_gym.errors import SettingsError, WorkerError
-from unlearn_gym.evaluation.comparison import run_comparison
 
 from .test_comparison import small, without_times
 

@@ -19,10 +19,10 @@ from gymnasium.wrappers import RescaleAction
 from stable_baselines3.common.env_checker import check_env as sb3_check
 
 import unlearn_gym
-from unlearn_gym.diffusion import ScheduleConfig
 from unlearn_gym.envs.infos import INFO_KEYS
-from unlearn_gym.envs.rendering import image_grid
 from unlearn_gym.errors import ActionError, SettingsError, TaskError
+from unlearn_gym.math.diffusion import ScheduleConfig
+from unlearn_gym.metrics.pictures import image_grid
 from unlearn_gym.run import UnlearningRun
 from unlearn_gym.tasks import get_task, load_data, register_task
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from unlearn_gym.comparison.results import load_results
 from unlearn_gym.errors import LockError, ResultsError
-from unlearn_gym.evaluation.experiment import load_experiment, run_experiment
-from unlearn_gym.evaluation.results import load_results
-from unlearn_gym.locks import folder_lock
+from unlearn_gym.making.experiment import load_experiment, run_experiment
+from unlearn_gym.system.locks import folder_lock
 from unlearn_gym.tasks import get_task
 
 ROOT = Path(__file__).resolve().parent.parent

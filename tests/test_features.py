@@ -17,7 +17,6 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as sb3_check
 
 from unlearn_gym.benchmark.suite import figures_of, load
-from unlearn_gym.diffusion import ScheduleConfig, q_sample, sample
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.envs.features import (
     BAND_SAMPLES,
@@ -28,10 +27,11 @@ from unlearn_gym.envs.features import (
     ParameterDistance,
 )
 from unlearn_gym.errors import PolicyError, SettingsError
-from unlearn_gym.evaluation.episode import policy_context
+from unlearn_gym.math.diffusion import ScheduleConfig, q_sample, sample
+from unlearn_gym.metrics.probe import learned_labels
 from unlearn_gym.policies import make_policy
+from unlearn_gym.policies.episode import policy_context
 from unlearn_gym.tasks import get_task, load_data, register_task, to_model_range
-from unlearn_gym.tasks.probe import learned_labels
 
 from .test_vector import N, make_vec, single_rows, vector_rows
 

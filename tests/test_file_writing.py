@@ -20,14 +20,15 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from unlearn_gym import files, locks
+from unlearn_gym import files
 from unlearn_gym.errors import FileError, LockError, PolicyError, WeightsError
-from unlearn_gym.evaluation.pictures import save
 from unlearn_gym.files import checksum, replacing, write_json, write_text
-from unlearn_gym.interrupts import command_name
-from unlearn_gym.locks import LOCK, folder_lock
 from unlearn_gym.models.weights import read_checkpoint, save_checkpoint, save_weights
 from unlearn_gym.policies.manifest import read_manifest
+from unlearn_gym.report.pictures import save
+from unlearn_gym.system import locks
+from unlearn_gym.system.interrupts import command_name
+from unlearn_gym.system.locks import LOCK, folder_lock
 
 from .conftest import label
 
@@ -174,7 +175,7 @@ def test_a_checksum_is_of_values_and_of_no_way_to_write_them():
 HOLDER = """
 import sys, time
 from pathlib import Path
-from unlearn_gym.locks import folder_lock
+from unlearn_gym.system.locks import folder_lock
 with folder_lock(Path(sys.argv[1])):
     print("taken", flush=True)
     time.sleep(60)

@@ -12,9 +12,9 @@ from unlearn_gym.errors import (
     SettingsError,
     shown,
 )
-from unlearn_gym.evaluation.experiment import load_experiment
 from unlearn_gym.files import FormatError, parse_json, read_json, read_yaml
-from unlearn_gym.instances import build_instances, load_instances
+from unlearn_gym.making.experiment import load_experiment
+from unlearn_gym.tasks.instances import build_instances, load_instances
 
 from .conftest import fails, label
 
@@ -81,8 +81,8 @@ BAD_JSON = [
 
 @pytest.mark.parametrize("text", BAD_JSON, ids=label)
 def test_bad_json_is_one_line_in_whatever_reads_it(tmp_path, text):
-    from unlearn_gym.evaluation.results import load_results
-    from unlearn_gym.evaluation.store import CellStore
+    from unlearn_gym.comparison.results import load_results
+    from unlearn_gym.comparison.store import CellStore
     from unlearn_gym.policies.manifest import read_manifest
 
     fails(FormatError, parse_json, text)

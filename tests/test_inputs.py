@@ -20,12 +20,12 @@ from unlearn_gym.errors import (
     TaskError,
     one_line,
 )
-from unlearn_gym.instances import load_instances
+from unlearn_gym.making.pretraining import PretrainSettings
 from unlearn_gym.models import MLPConfig
 from unlearn_gym.policies.base import FunctionPolicy
-from unlearn_gym.pretraining import PretrainSettings
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.tasks import get_task
+from unlearn_gym.tasks.instances import load_instances
 
 from .conftest import fails, label
 

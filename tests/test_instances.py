@@ -15,8 +15,8 @@ from gymnasium.utils.env_checker import check_env
 
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.errors import SettingsError, TaskError, WeightsError
-from unlearn_gym.instances import INSTANCES, Instance, build_instances, load_instances, shipped_sets
 from unlearn_gym.tasks import get_task, load_data, register_task
+from unlearn_gym.tasks.instances import INSTANCES, Instance, build_instances, load_instances, shipped_sets
 
 ROOT = Path(__file__).resolve().parent.parent
 MIXED = ("gaussians-2d", {"task": "gaussians-2d:2,3", "horizon": 5}, {"task": "gaussians-2d:6", "num_forget": 1})

@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from unlearn_gym.diffusion import ScheduleConfig
 from unlearn_gym.errors import DataError, ResultsError, SettingsError
-from unlearn_gym.evaluation.likelihood import (
+from unlearn_gym.math.diffusion import ScheduleConfig
+from unlearn_gym.metrics.likelihood import (
     between_timesteps,
     discretised_log_likelihood,
     ode_nll,

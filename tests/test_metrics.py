@@ -13,20 +13,17 @@ import pytest
 import torch
 from torch_fidelity.metric_kid import kid_features_to_metric
 
-from unlearn_gym.diffusion import reconstruct
+from unlearn_gym.comparison.results import load_results
 from unlearn_gym.errors import ResultsError, TaskError
-from unlearn_gym.evaluation.catalogue import BY_NAME, MEASURED, METRICS
-from unlearn_gym.evaluation.forgetting import (
-    copy_threshold,
-    membership_auc,
-    nearest,
-    reconstruction_distance,
-    wilson_interval,
-)
-from unlearn_gym.evaluation.inception import inception_features
-from unlearn_gym.evaluation.judge import EvaluationSettings, Judge, Judged, judged_reference
-from unlearn_gym.evaluation.metrics import Evaluator, Figures
-from unlearn_gym.evaluation.quality import (
+from unlearn_gym.math.diffusion import reconstruct
+from unlearn_gym.math.statistics import wilson_interval
+from unlearn_gym.metrics.catalogue import BY_NAME, MEASURED, METRICS
+from unlearn_gym.metrics.evaluator import Evaluator, Figures
+from unlearn_gym.metrics.forgetting import copy_threshold, membership_auc, nearest, reconstruction_distance
+from unlearn_gym.metrics.inception import inception_features
+from unlearn_gym.metrics.judge import EvaluationSettings, Judge, Judged, judged_reference
+from unlearn_gym.metrics.probe import probe_grid
+from unlearn_gym.metrics.quality import (
     class_score,
     class_shares,
     fid,
@@ -35,10 +32,8 @@ from unlearn_gym.evaluation.quality import (
     ssim,
     total_variation,
 )
-from unlearn_gym.evaluation.results import load_results
 from unlearn_gym.models.classifier import GARMENTS, TROUSERS, classify
 from unlearn_gym.tasks import get_task, load_data, to_model_range
-from unlearn_gym.tasks.probe import probe_grid
 
 
 def normal(n: int, mean: float = 0.0, seed: int = 0) -> torch.Tensor:

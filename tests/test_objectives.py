@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from unlearn_gym.diffusion import ScheduleConfig, q_sample
 from unlearn_gym.errors import PolicyError, SettingsError
-from unlearn_gym.objectives import OBJECTIVES
-from unlearn_gym.objectives.epsilon import EPSILON_OBJECTIVES, nearest
+from unlearn_gym.math.diffusion import ScheduleConfig, q_sample
 from unlearn_gym.policies import PolicyContext, make_policy
-from unlearn_gym.settings import RunSettings
-from unlearn_gym.stacked import StackedRuns
-from unlearn_gym.step import Batch
+from unlearn_gym.run.batch import Batch
+from unlearn_gym.run.objectives import OBJECTIVES
+from unlearn_gym.run.objectives.epsilon import EPSILON_OBJECTIVES, nearest
+from unlearn_gym.run.stacked import StackedRuns
+from unlearn_gym.settings import FAMILY_OPTIONS, LAMBDA_ROLES, OWN_FORGET_RULES, RunSettings
 from unlearn_gym.tasks.data import to_model_range
 
 BASELINES = tuple(name for name in EPSILON_OBJECTIVES if name != "siss")
@@ -102,6 +102,15 @@ def test_without_importance_sampling_and_with_bernoulli_draws_the_expected_gradi
         expected = (errors[name] + errors["siss"]).sum()
         assert difference.square().sum() < 1.6 * expected  # its mean, were both unbiased
         assert means["siss"].square().sum() > 20 * expected  # the comparison says something
+
+
+def test_reports_say_of_objectives_what_the_objectives_are():
+    for objectives in OBJECTIVES.values():
+        for name, objective in objectives.items():
+            assert LAMBDA_ROLES[name] == objective.lambda_role
+            assert (name in OWN_FORGET_RULES) == objective.projects
+    assert set(LAMBDA_ROLES) == {name for objectives in OBJECTIVES.values() for name in objectives}
+    assert set(FAMILY_OPTIONS) == set(OBJECTIVES)
 
 
 @pytest.mark.parametrize("name", [n for n, o in EPSILON_OBJECTIVES.items() if o.lambda_role == "none"])

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from unlearn_gym.cli import main
+from unlearn_gym.comparison.comparison import run_comparison
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.errors import ActionError, PolicyError
-from unlearn_gym.evaluation.comparison import run_comparison
-from unlearn_gym.evaluation.episode import policy_context, run_episode
 from unlearn_gym.policies import make_policy, policy_sources
+from unlearn_gym.policies.episode import policy_context, run_episode
 
 from .test_comparison import small
 

@@ -10,9 +10,9 @@ import pytest
 
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.errors import PolicyError
-from unlearn_gym.evaluation.episode import policy_context, run_episode
 from unlearn_gym.policies import LambdaPolicy, PolicyContext, Transition, make_policy
-from unlearn_gym.step import SECOND_MOMENT_GRID
+from unlearn_gym.policies.episode import policy_context, run_episode
+from unlearn_gym.run.terms import SECOND_MOMENT_GRID
 
 CONTEXT = PolicyContext("gaussians-2d", 0.1, 0.9, 60)
 OBS = np.zeros(6, dtype=np.float32)

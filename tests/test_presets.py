@@ -11,11 +11,11 @@ import torch
 
 import unlearn_gym  # noqa: F401 - registers the environment
 from tests.test_sfd import ALPHAS, tiny_run
-from unlearn_gym.calibration import calibrate
-from unlearn_gym.diffusion import q_sample
 from unlearn_gym.errors import SettingsError
+from unlearn_gym.making.calibration import calibrate
+from unlearn_gym.math.diffusion import q_sample
+from unlearn_gym.run.stacked import StackedRuns
 from unlearn_gym.settings import PRESETS, RunSettings
-from unlearn_gym.stacked import StackedRuns
 from unlearn_gym.tasks import get_task, load_data
 
 

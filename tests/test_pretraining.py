@@ -14,19 +14,19 @@ import pytest
 import torch
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from unlearn_gym.calibration import calibrate
-from unlearn_gym.distillation import DistillationSettings, distill
 from unlearn_gym.errors import DataError, FileError, LockError, SettingsError, TaskError, WeightsError
 from unlearn_gym.files import sha256
+from unlearn_gym.making.calibration import calibrate
+from unlearn_gym.making.distillation import DistillationSettings, distill
+from unlearn_gym.making.pretraining import Pretraining, PretrainSettings, one_cycle, pretrain, training_samples
+from unlearn_gym.making.train_classifier import train_classifier
 from unlearn_gym.models import MLPConfig, UNetConfig, build_network
 from unlearn_gym.models.classifier import CLASSIFIER_WEIGHTS
 from unlearn_gym.models.one_step import OneStepNetwork
 from unlearn_gym.models.weights import load_weights, read_checkpoint, read_tensors, save_weights
-from unlearn_gym.pretraining import Pretraining, PretrainSettings, one_cycle, pretrain, training_samples
 from unlearn_gym.tasks import TaskData, get_task, load_data, register_task, to_model_range
 from unlearn_gym.tasks.gaussians import classify_points, optimal_epsilon, sample_modes
 from unlearn_gym.tasks.mnist import GARMENT_LABEL, NUM_FORGET, NUM_TSHIRTS, load_shipped
-from unlearn_gym.train_classifier import train_classifier
 
 from .conftest import TASKS
 
@@ -152,7 +152,7 @@ def test_shipped_classifier_is_that_of_its_manifest():
 def test_shipped_constants_are_what_a_measurement_gives(task, monkeypatch):
     """16 batches come within 30 % for images, as 64 do for points; the oracle's probe is always the same."""
     chosen = get_task(task)
-    monkeypatch.setattr("unlearn_gym.calibration.MIN_BATCHES", 16)
+    monkeypatch.setattr("unlearn_gym.making.calibration.MIN_BATCHES", 16)
     measured = calibrate(chosen, load_data(chosen), num_batches=64 if task == "gaussians-2d" else 16, seed=2)
     for name in ("retain_loss", "forget_loss", "retain_grad_norm", "forget_grad_norm"):
         assert getattr(measured, name) == pytest.approx(getattr(chosen.constants, name), rel=0.3)
@@ -395,7 +395,7 @@ def test_a_task_of_ones_own_runs_and_a_name_is_taken_once(tmp_path):
     bare = dataclasses.replace(mine, name="bare", assets=tmp_path)
     with pytest.raises(WeightsError, match="task 'bare': no weights at"):
         bare.pretrained_model()
-    with pytest.raises(TaskError, match=r"run unlearn_gym\.calibration\.calibrate in Python"):
+    with pytest.raises(TaskError, match=r"run unlearn_gym\.making\.calibration\.calibrate in Python"):
         _ = bare.constants
     (tmp_path / "constants.json").write_text('{"retain_loss": -1}')
     with pytest.raises(TaskError, match="measure it again"):

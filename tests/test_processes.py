@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from unlearn_gym.cli import COMMANDS, main
-from unlearn_gym.processes import Terminated, signals_as_interrupts
+from unlearn_gym.system.processes import Terminated, signals_as_interrupts
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ PARENT = """
 import sys, time
 from pathlib import Path
 from unlearn_gym import cli
-from unlearn_gym.engines import run_calls
+from unlearn_gym.comparison.engines import run_calls
 
 def sleep(number):
     Path(f"begun-{number}").touch()

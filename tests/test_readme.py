@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from unlearn_gym.cli import COMMANDS
-from unlearn_gym.instances import shipped_sets
-from unlearn_gym.shipped import SCORES, shipped_agents
+from unlearn_gym.making.shipped import SCORES, shipped_agents
+from unlearn_gym.tasks.instances import shipped_sets
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = ROOT / "docs" / "experiments"
@@ -33,9 +33,9 @@ def test_python_blocks_of_the_documentation_run(page):
 
 
 def test_the_policies_of_ones_own_in_the_documentation_stand_in_a_report(tmp_path, monkeypatch):
-    from unlearn_gym.evaluation.comparison import Comparison, run_comparison
-    from unlearn_gym.evaluation.judge import EvaluationSettings
-    from unlearn_gym.evaluation.report import write_report
+    from unlearn_gym.comparison.comparison import Comparison, run_comparison
+    from unlearn_gym.metrics.judge import EvaluationSettings
+    from unlearn_gym.report.report import write_report
 
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "policies.md").read_text(), flags=re.DOTALL)
     (tmp_path / "mine.py").write_text(blocks[0])
@@ -75,8 +75,8 @@ def test_every_linked_file_exists():
 
 
 def test_the_results_table_is_that_of_the_committed_results():
-    from unlearn_gym.evaluation.results import load_results
-    from unlearn_gym.evaluation.tables import markdown_table, summary
+    from unlearn_gym.comparison.results import load_results
+    from unlearn_gym.report.tables import markdown_table, summary
 
     results = load_results(ROOT / "docs" / "experiments" / "rl-against-vi" / "mnist-trousers")
     assert markdown_table(*summary(results)) in README
@@ -101,9 +101,9 @@ def test_every_file_that_a_page_links_exists(page):
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*/*/results.json")), ids=lambda p: p.parts[-3])
 def test_committed_results_are_of_this_data_these_weights_and_these_settings(path, monkeypatch):
     """With the torch that made them the command resumes from them: the keys of their cells are what is hashed here."""
-    from unlearn_gym.evaluation.comparison import Comparison
-    from unlearn_gym.evaluation.judge import EvaluationSettings
-    from unlearn_gym.evaluation.results import load_results
+    from unlearn_gym.comparison.comparison import Comparison
+    from unlearn_gym.comparison.results import load_results
+    from unlearn_gym.metrics.judge import EvaluationSettings
 
     results = load_results(path.parent)
     monkeypatch.setattr("torch.__version__", "2.14.1+cu130")
@@ -130,8 +130,8 @@ def test_committed_runs_begin_as_this_code_runs_them(name, updates):
 
     Rounding differs by 3e-5 between the machines that we tried; weights that are a millionth off make up to 3e-4.
     """
+    from unlearn_gym.comparison.results import load_results
     from unlearn_gym.envs import SISSUnlearnEnv
-    from unlearn_gym.evaluation.results import load_results
 
     results = load_results(EXPERIMENTS / name)
     cell = next(c for c in results.cells if c["policy"].startswith("static:") and c["seed"] == 0)
@@ -156,7 +156,7 @@ def test_the_performance_table_is_that_of_the_committed_benchmark():
 
 def test_the_costs_in_the_table_of_objectives_are_those_of_the_committed_benchmark():
     from unlearn_gym.benchmark.suite import figures_of, load
-    from unlearn_gym.objectives.epsilon import EPSILON_OBJECTIVES
+    from unlearn_gym.run.objectives.epsilon import EPSILON_OBJECTIVES
 
     measured = {figure.name: figure.value for figure in figures_of(load(ROOT / "docs" / "benchmark"))}
     lines = (ROOT / "docs" / "objectives.md").read_text().splitlines()
@@ -176,7 +176,7 @@ def test_the_costs_in_the_table_of_objectives_are_those_of_the_committed_benchma
 def test_the_network_table_names_the_shipped_network_as_chosen():
     import json
 
-    from unlearn_gym.network_table import CANDIDATES
+    from unlearn_gym.benchmark.network_table import CANDIDATES
     from unlearn_gym.tasks import get_task
 
     rows = json.loads((ROOT / "docs" / "networks.json").read_text())["rows"]

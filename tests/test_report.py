@@ -7,16 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from unlearn_gym.evaluation import tables
-from unlearn_gym.evaluation.catalogue import metrics_page
-from unlearn_gym.evaluation.cell import ORACLE, UNTOUCHED, unpack_samples
-from unlearn_gym.evaluation.comparison import Comparison, run_comparison
-from unlearn_gym.evaluation.experiment import experiment_page
-from unlearn_gym.evaluation.judge import EvaluationSettings
-from unlearn_gym.evaluation.metrics import Evaluator
-from unlearn_gym.evaluation.report import reward_lines, verdict, write_report
-from unlearn_gym.evaluation.results import CELL_FORMAT, Results, merge_results, score
-from unlearn_gym.evaluation.signatures import warnings
+from unlearn_gym.comparison.comparison import Comparison, run_comparison
+from unlearn_gym.comparison.records import ORACLE, UNTOUCHED, unpack_samples
+from unlearn_gym.comparison.results import CELL_FORMAT, Results, merge_results, score
+from unlearn_gym.making.experiment import experiment_page
+from unlearn_gym.metrics.catalogue import metrics_page
+from unlearn_gym.metrics.evaluator import Evaluator
+from unlearn_gym.metrics.judge import EvaluationSettings
+from unlearn_gym.report import tables
+from unlearn_gym.report.report import reward_lines, verdict, write_report
+from unlearn_gym.report.signatures import warnings
 from unlearn_gym.tasks import get_task, load_data, register_task
 
 START, CAP, HORIZON = (0.1, 0.2), 0.5, 10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from unlearn_gym.evaluation.results import Results, score
+from unlearn_gym.comparison.results import Results, score
 
 START, CAP = (1.0, 0.5), 11.0
 """Forget and retain loss of the untouched model, and the oracle's forget loss."""

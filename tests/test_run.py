@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unlearn_gym import siss
 from unlearn_gym.errors import RunError, SettingsError
+from unlearn_gym.math import siss
+from unlearn_gym.math.siss import dataset_factors
 from unlearn_gym.models.flat import FlatParameters
 from unlearn_gym.run import UnlearningRun
-from unlearn_gym.siss import dataset_factors
-from unlearn_gym.step import inner_product, mix, unpack
+from unlearn_gym.run.batch import mix
+from unlearn_gym.run.gradients import inner_product
+from unlearn_gym.run.terms import unpack
 
 COMBINED = {"forget_grad_rule": "loss", "grad_norms": "every:3"}
 
@@ -145,7 +147,7 @@ class HostSynchronisations(TorchDispatchMode):
 def test_an_update_waits_for_the_device_only_once_at_its_end(make_run, options, monkeypatch):
     run = make_run(skip_zero_weights=False, **options)
     transfers = []
-    monkeypatch.setattr("unlearn_gym.run.unpack", lambda *a: transfers.append(a) or unpack(*a))
+    monkeypatch.setattr("unlearn_gym.run.run.unpack", lambda *a: transfers.append(a) or unpack(*a))
     with HostSynchronisations() as mode:
         run.update(0.4)
         run.update(0.4)

@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import unlearn_gym  # noqa: F401
 from unlearn_gym.cli import COMMANDS
-from unlearn_gym.diffusion import ScheduleConfig
+from unlearn_gym.comparison.cell import final_model
+from unlearn_gym.comparison.comparison import Comparison, run_comparison
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.errors import SettingsError, TaskError, WeightsError
-from unlearn_gym.evaluation.cell import final_model
-from unlearn_gym.evaluation.comparison import Comparison, run_comparison
-from unlearn_gym.evaluation.judge import EvaluationSettings
+from unlearn_gym.math.diffusion import ScheduleConfig
+from unlearn_gym.metrics.judge import EvaluationSettings
 from unlearn_gym.models import MLPConfig, UNetConfig, build_network
 from unlearn_gym.models.weights import save_weights
 from unlearn_gym.tasks import get_task

@@ -13,18 +13,18 @@ import pytest
 import torch
 
 import unlearn_gym  # noqa: F401 - registers the environment
-from unlearn_gym import sfd
-from unlearn_gym.diffusion import q_sample
-from unlearn_gym.distillation import Distillation, DistillationSettings, distill
+from unlearn_gym.comparison.comparison import default_policies
 from unlearn_gym.errors import SettingsError, TaskError, WeightsError
-from unlearn_gym.evaluation.comparison import default_policies
-from unlearn_gym.families import FAMILIES, family_of
+from unlearn_gym.making.distillation import Distillation, DistillationSettings, distill
+from unlearn_gym.math import sfd
+from unlearn_gym.math.diffusion import q_sample
 from unlearn_gym.models import CompactUNet, UNetConfig
+from unlearn_gym.models.families import FAMILIES, family_of
 from unlearn_gym.models.one_step import OneStepModel, OneStepNetwork
 from unlearn_gym.models.weights import save_weights
-from unlearn_gym.objectives.base import Learner
-from unlearn_gym.objectives.score_forgetting import override_pairs
 from unlearn_gym.run import UnlearningRun
+from unlearn_gym.run.objectives.base import Learner
+from unlearn_gym.run.objectives.score_forgetting import override_pairs
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.tasks import TaskData, get_task, load_data
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from unlearn_gym import siss
-from unlearn_gym.diffusion import ScheduleConfig
+from unlearn_gym.math import siss
+from unlearn_gym.math.diffusion import ScheduleConfig
 
 SHAPES = [(2,), (1, 4, 4)]
 LAMBDAS = [0.0, 0.01, 0.3, 0.5, 0.9, 1.0]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from unlearn_gym import cli, memory
+from unlearn_gym import cli
 from unlearn_gym.cli.arguments import set_threads
+from unlearn_gym.comparison.comparison import Comparison, seed_range
 from unlearn_gym.envs import SISSUnlearnEnv, SISSUnlearnVectorEnv
 from unlearn_gym.errors import (
     LONGEST_LINE,
@@ -18,10 +19,10 @@ from unlearn_gym.errors import (
     UnlearnGymError,
     shown,
 )
-from unlearn_gym.evaluation.comparison import Comparison, seed_range
-from unlearn_gym.evaluation.judge import EvaluationSettings, Judge
-from unlearn_gym.pretraining import Pretraining, PretrainSettings
+from unlearn_gym.making.pretraining import Pretraining, PretrainSettings
+from unlearn_gym.metrics.judge import EvaluationSettings, Judge
 from unlearn_gym.settings import RunSettings
+from unlearn_gym.system import memory
 from unlearn_gym.tasks import get_task, load_data
 
 from .conftest import fails, label

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from unlearn_gym.errors import RunError
-from unlearn_gym.stacked import StackedRuns
+from unlearn_gym.run.stacked import StackedRuns
 
 
 def alike(found, expected) -> None:

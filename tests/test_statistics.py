@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from unlearn_gym.comparison.matched import first_crossing, matched_levels
 from unlearn_gym.errors import ResultsError
-from unlearn_gym.evaluation import statistics
-from unlearn_gym.evaluation.matched import first_crossing, matched_levels
-from unlearn_gym.evaluation.statistics import (
+from unlearn_gym.math import statistics
+from unlearn_gym.math.statistics import (
     bootstrap_iqm,
     bootstrap_mean,
     holm,

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "unlearn_gym"
-LAYERS = {
-    "errors": 0, "files": 0, "values": 0, "memory": 0, "interrupts": 0, "curves": 0, "processes": 0, "locks": 0,
-    "engines": 0, "torch_state": 0, "diffusion": 1, "models": 1, "siss": 1, "settings": 1, "elbo": 1, "sfd": 1,
-    "families": 1, "tasks": 2,
-    "step": 3, "objectives": 3, "run": 3, "stacked": 3, "instances": 3, "pretraining": 3, "distillation": 3,
-    "train_classifier": 3,
-    "calibration": 4, "envs": 4, "policies": 5, "evaluation": 6, "shipped": 7,
-    "network_table": 7, "benchmark": 7, "cli": 8,
-}  # fmt: skip
-
-TOP_LEVEL_NAMES = ("__version__", "ENV_ID", "register_envs")
+ROOMS = (
+    "errors", "files", "system", "settings", "math", "models", "tasks", "metrics", "run", "envs", "policies",
+    "comparison", "report", "making", "benchmark", "cli",
+)  # fmt: skip
+"""From the ground up: a room may import those before it."""
 
 
 def imports(path: Path) -> set[str]:
@@ -34,26 +30,82 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def modules() -> list[Path]:
-    return [p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.name != "__init__.py"]
+def modules(package: Path) -> dict[str, Path]:
+    """Every file of the package by its module's name, but for the package's own ``__init__``."""
+    files = (path for path in package.rglob("*.py") if path != package / "__init__.py")
+    return {".".join(p.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__"): p for p in files}
 
 
-def layer(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def room(module: str) -> str:
+    return module.split(".")[1]
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_flow_from_the_task_to_the_report(path):
-    own = LAYERS[layer(path)]
-    for name in imports(path):
-        assert not name.startswith("agents"), f"{path} imports {name}"
-        parts = name.split(".")
-        if parts[0] == "unlearn_gym" and len(parts) > 1 and parts[1] not in TOP_LEVEL_NAMES:
-            assert LAYERS[parts[1]] <= own, f"{path} imports {name}"
-        compared = path == PACKAGE / "benchmark" / "vector.py"  # with vector environments of both
-        if parts[0] == "gymnasium":
-            assert compared or layer(path) == "envs" or path.name == "sb3.py", f"{path} imports {name}"
-        if parts[0] == "stable_baselines3":
+def faults(package: Path) -> list[str]:
+    """Every import between files that runs up, and every circle of files."""
+    files = modules(package)
+    graph = {name: (imports(path) & files.keys()) - {name} for name, path in files.items()}
+    graph = {name: {n for n in found if not any(o.startswith(f"{n}.") for o in found)} for name, found in graph.items()}
+    up = [
+        f"{name} imports {other}"
+        for name, found in graph.items() for other in sorted(found)
+        if ROOMS.index(room(other)) > ROOMS.index(room(name))
+    ]  # fmt: skip
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as circle:
+        return [*up, f"circle: {' -> '.join(circle.args[1])}"]
+    return up
+
+
+def test_imports_run_from_the_ground_up_without_a_circle():
+    assert faults(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "fault"),
+    [
+        (
+            "math/siss.py",
+            "from unlearn_gym.run.terms import StepTerms",
+            "unlearn_gym.math.siss imports unlearn_gym.run.terms",
+        ),
+        ("metrics/judge.py", "from unlearn_gym import envs", "unlearn_gym.metrics.judge imports unlearn_gym.envs"),
+        ("run/gradients.py", "from unlearn_gym.run.objectives.base import Objective", "circle: "),
+        ("models/flat.py", "if TYPE_CHECKING:\n    from unlearn_gym.models.weights import load_weights\n", None),
+        ("models/weights.py", "def f():\n    from unlearn_gym.models.flat import detached_copy\n", None),
+    ],
+)
+def test_a_planted_fault_is_found(file, line, fault, tmp_path):
+    package = shutil.copytree(PACKAGE, tmp_path / "unlearn_gym", ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    (package / file).write_text((package / file).read_text() + f"\n{line}\n")
+    assert any(found.startswith(fault) for found in faults(package)) if fault else faults(package) == []
+
+
+def test_a_report_needs_neither_environments_nor_networks():
+    files, seen = modules(PACKAGE), set()
+    waiting = [name for name in files if room(name) == "report"]
+    while waiting:
+        name = waiting.pop()
+        if name in files and name not in seen:
+            seen.add(name)
+            waiting += imports(files[name])
+    assert {room(name) for name in seen} <= {
+        "errors", "files", "system", "settings", "math", "metrics", "comparison", "report"
+    }  # fmt: skip
+    assert not {name for name in seen if room(name) == "metrics"} - {
+        "unlearn_gym.metrics", "unlearn_gym.metrics.catalogue", "unlearn_gym.metrics.pictures"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(modules(PACKAGE)))
+def test_only_environments_import_gymnasium_and_only_adapters_sb3(name):
+    path = modules(PACKAGE)[name]
+    compared = path == PACKAGE / "benchmark" / "vector.py"  # with vector environments of both
+    for imported in imports(path):
+        assert not imported.startswith("agents"), f"{path} imports {imported}"
+        if imported.split(".")[0] == "gymnasium":
+            assert compared or room(name) == "envs" or path.name == "sb3.py", f"{path} imports {imported}"
+        if imported.split(".")[0] == "stable_baselines3":
             assert compared or path.name == "sb3.py"
 
 

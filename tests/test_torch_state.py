@@ -15,19 +15,19 @@ import pytest
 import torch
 
 import unlearn_gym  # noqa: F401 - registers the environment
-from unlearn_gym.calibration import calibrate
 from unlearn_gym.envs import SISSUnlearnEnv, SISSUnlearnVectorEnv
 from unlearn_gym.errors import RunError
-from unlearn_gym.evaluation.episode import policy_context, run_episode
-from unlearn_gym.evaluation.judge import EvaluationSettings
-from unlearn_gym.evaluation.metrics import Evaluator
+from unlearn_gym.making.calibration import calibrate
+from unlearn_gym.making.pretraining import Pretraining, PretrainSettings, training_samples
+from unlearn_gym.metrics.evaluator import Evaluator
+from unlearn_gym.metrics.judge import EvaluationSettings
 from unlearn_gym.policies import make_policy
-from unlearn_gym.pretraining import Pretraining, PretrainSettings, training_samples
+from unlearn_gym.policies.episode import policy_context, run_episode
 from unlearn_gym.run import UnlearningRun
-from unlearn_gym.stacked import StackedRuns
+from unlearn_gym.run.stacked import StackedRuns
+from unlearn_gym.system.torch_state import initial_weights_from, own_torch_state
 from unlearn_gym.tasks import get_task, load_data
 from unlearn_gym.tasks.registry import _DATA
-from unlearn_gym.torch_state import initial_weights_from, own_torch_state
 
 
 @contextmanager

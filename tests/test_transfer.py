@@ -8,8 +8,8 @@ import torch
 
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.errors import PolicyError
-from unlearn_gym.evaluation.episode import policy_context, run_episode
 from unlearn_gym.policies import PolicyContext, Transition, make_policy, policy_sources, transfer
+from unlearn_gym.policies.episode import policy_context, run_episode
 from unlearn_gym.policies.variational import GRADIENT_ESTIMATORS, InferenceNetwork
 from unlearn_gym.policies.variational_spec import VariationalSpec, parse_variational
 from unlearn_gym.tasks import get_task

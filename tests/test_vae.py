@@ -12,17 +12,17 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 import unlearn_gym  # noqa: F401 - registers the environment
-from unlearn_gym.elbo import Posterior, negative_elbo
 from unlearn_gym.errors import SettingsError
-from unlearn_gym.evaluation.vae_likelihood import importance_weighted_nll
-from unlearn_gym.families import family_of
+from unlearn_gym.math.elbo import Posterior, negative_elbo
+from unlearn_gym.math.siss import PairLabels
+from unlearn_gym.metrics.vae_likelihood import importance_weighted_nll
 from unlearn_gym.models import ConvVAE, VAEConfig
-from unlearn_gym.objectives import OBJECTIVES, Context, latent
-from unlearn_gym.objectives.latent import latent_weights
+from unlearn_gym.models.families import family_of
 from unlearn_gym.run import UnlearningRun
+from unlearn_gym.run.batch import Batch
+from unlearn_gym.run.objectives import OBJECTIVES, Context, latent
+from unlearn_gym.run.objectives.latent import latent_weights
 from unlearn_gym.settings import RunSettings
-from unlearn_gym.siss import PairLabels
-from unlearn_gym.step import Batch
 from unlearn_gym.tasks import TaskData, get_task, load_data
 
 TINY = VAEConfig(image_size=8, channels=(8, 8), latent_dim=3, hidden_dim=16, num_classes=2, std=0.5)

@@ -28,8 +28,8 @@ from unlearn_gym.envs import SB3VecEnv, SISSUnlearnEnv, SISSUnlearnVectorEnv
 from unlearn_gym.envs.infos import INFO_KEYS, VECTOR_KEYS
 from unlearn_gym.envs.workers import arguments
 from unlearn_gym.errors import ActionError, RunError, SettingsError, TaskError, WorkerError
-from unlearn_gym.stacked import StackedRuns
-from unlearn_gym.step import unpack
+from unlearn_gym.run.stacked import StackedRuns
+from unlearn_gym.run.terms import unpack
 from unlearn_gym.tasks import get_task, register_task
 
 from .test_run import HostSynchronisations
@@ -133,7 +133,7 @@ def test_stacked_runs_leave_the_others_alone(make_run):
 
 def test_stacked_runs_wait_for_the_device_only_once_at_their_end(make_run, monkeypatch):
     transfers = []
-    monkeypatch.setattr("unlearn_gym.stacked.unpack", lambda *a: transfers.append(a) or unpack(*a))
+    monkeypatch.setattr("unlearn_gym.run.stacked.unpack", lambda *a: transfers.append(a) or unpack(*a))
     stack = StackedRuns([make_run(seed=i) for i in range(3)])
     with HostSynchronisations() as mode:
         stack.update({0: 0.2, 1: 0.4, 2: 0.6})

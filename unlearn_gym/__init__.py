@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from unlearn_gym.interrupts import quiet_until_begun
+from unlearn_gym.system.interrupts import quiet_until_begun
 
 quiet_until_begun()  # before all that takes time
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from unlearn_gym.errors import SettingsError, UnknownOptionError, describe_validation_error, error_line, shown
-from unlearn_gym.values import Checked
+from unlearn_gym.system.values import Checked
 
 MAKER_ARGUMENTS = {
     **dict.fromkeys(("task", "instances", "render_mode", "data_root", "download"), "gym.make and gym.make_vec"),
@@ -51,10 +51,29 @@ def usable_device(name: str) -> str:
     return name
 
 
+LambdaRole = Literal["mixture", "weight", "none"]
+LAMBDA_ROLES: dict[str, LambdaRole] = {
+    "siss": "mixture", "siss-no-is": "none", "bernoulli": "mixture", "naive": "none", "neggrad": "none",
+    "erasediff": "none", "retrack": "weight", "sfd": "weight",
+}  # fmt: skip
+"""What λ is to each objective: the share of forget samples in a mixture, the forget term's weight, or nothing."""
+OWN_FORGET_RULES = ("erasediff",)
+"""Objectives that scale the forget gradient themselves, in place of ``forget_grad_rule``."""
+FAMILY_OPTIONS: dict[str, tuple[str, ...]] = {
+    "diffusion": (),
+    "vae": ("encoder_gradient", "kl_coef"),
+    "generator": (
+        "fake_forget_coef", "fake_learning_rate", "fake_timesteps", "hybrid_coef", "override_classes",
+        "redraw_samples", "score_alpha",
+    ),
+}  # fmt: skip
+"""Settings that only objectives for this family of models read."""
+
+
 class RunSettings(Checked):
     """Options of :class:`unlearn_gym.run.UnlearningRun` and of the environment around it.
 
-    ``objective``: what an update minimises, see :mod:`unlearn_gym.objectives`; all but ``"siss"`` are baselines.
+    ``objective``: what an update minimises, see :mod:`unlearn_gym.run.objectives`; all but ``"siss"`` are baselines.
 
     ``dataset_factors`` gives (c_r, c_f), with N samples in all and K to forget: ``"siss"`` = (N/(N-K), K/(N-K)),
     the SISS paper's; ``"inverse_size"`` = (N/(N-K), N/K), the adaptive-λ paper's text; ``"none"`` = (1, 1), as in the
@@ -83,10 +102,10 @@ class RunSettings(Checked):
     a few samples and the parameters' distance from the start to the paper's six entries; the environment's docstring
     has the groups and what each costs.
 
-    Of VAEs alone: ``kl_coef`` and ``encoder_gradient`` (:mod:`unlearn_gym.objectives.latent`). Of ``objective="sfd"``
-    alone: ``override_classes`` (default: the next kept class), ``score_alpha``, ``hybrid_coef``,
+    Of VAEs alone: ``kl_coef`` and ``encoder_gradient`` (:mod:`unlearn_gym.run.objectives.latent`). Of
+    ``objective="sfd"`` alone: ``override_classes`` (default: the next kept class), ``score_alpha``, ``hybrid_coef``,
     ``fake_learning_rate``, ``fake_timesteps``, ``fake_forget_coef`` and ``redraw_samples``
-    (:mod:`unlearn_gym.objectives.score_forgetting`).
+    (:mod:`unlearn_gym.run.objectives.score_forgetting`).
 
     ``reward``: ``"siss"`` is -L_SISS less the smoothness penalty, ``"potential"`` the change of a score on a fixed
     probe set; the environment's docstring has both formulas.

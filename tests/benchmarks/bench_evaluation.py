@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from unlearn_gym.evaluation.judge import EvaluationSettings, Judge, judged_reference
-from unlearn_gym.evaluation.quality import fid, kid
+from unlearn_gym.metrics.judge import EvaluationSettings, Judge, judged_reference
+from unlearn_gym.metrics.quality import fid, kid
 from unlearn_gym.tasks import get_task, load_data
 
 TASK = get_task("mnist-trousers")

@@ -12,11 +12,11 @@ from torch import nn
 
 from unlearn_gym.benchmark.figures import Figure
 from unlearn_gym.envs import SISSUnlearnEnv
-from unlearn_gym.evaluation.judge import EvaluationSettings, Judge, judged_reference
-from unlearn_gym.evaluation.metrics import Evaluator
-from unlearn_gym.evaluation.quality import fid, kid
+from unlearn_gym.metrics.evaluator import Evaluator
+from unlearn_gym.metrics.judge import EvaluationSettings, Judge, judged_reference
+from unlearn_gym.metrics.probe import set_losses
+from unlearn_gym.metrics.quality import fid, kid
 from unlearn_gym.tasks import Task, get_task, load_data
-from unlearn_gym.tasks.probe import set_losses
 
 RUN_UPDATES = 60
 TIE = 0.05

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unlearn_gym import siss
+from unlearn_gym.math import siss
 from unlearn_gym.run import UnlearningRun
-from unlearn_gym.step import NEGLIGIBLE_WEIGHT, mix
+from unlearn_gym.run.batch import mix
+from unlearn_gym.run.gradients import NEGLIGIBLE_WEIGHT
 
 
 class FieldLoop:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from unlearn_gym.benchmark.timing import take_turns
+from unlearn_gym.making.pretraining import Pretraining, PretrainSettings, training_samples
 from unlearn_gym.models import UNetConfig
-from unlearn_gym.pretraining import Pretraining, PretrainSettings, training_samples
 from unlearn_gym.run import UnlearningRun
 from unlearn_gym.tasks import TaskData, get_task
 from unlearn_gym.tasks.cifar import NETWORK

@@ -15,11 +15,11 @@ from unlearn_gym.benchmark.timing import own_clock, take_turns, threads
 from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.models.flat import FlatParameters
 from unlearn_gym.models.one_step import OneStepModel
-from unlearn_gym.objectives import OBJECTIVES
-from unlearn_gym.objectives.epsilon import EpsilonObjective
-from unlearn_gym.objectives.latent import LatentObjective
-from unlearn_gym.run import UnlearningRun, make_optimizer
-from unlearn_gym.step import Batch
+from unlearn_gym.run.batch import Batch
+from unlearn_gym.run.objectives import OBJECTIVES
+from unlearn_gym.run.objectives.epsilon import EpsilonObjective
+from unlearn_gym.run.objectives.latent import LatentObjective
+from unlearn_gym.run.run import UnlearningRun, make_optimizer
 from unlearn_gym.tasks import get_task
 
 TEACHERS = {"sfd-mnist-digits": "mnist-digits"}

@@ -15,7 +15,7 @@ from unlearn_gym.benchmark.field_loop import FieldLoop
 from unlearn_gym.benchmark.figures import Figure
 from unlearn_gym.benchmark.timing import repeated, take_turns, threads
 from unlearn_gym.envs import SISSUnlearnEnv
-from unlearn_gym.step import Batch
+from unlearn_gym.run.batch import Batch
 
 ENDLESS = 1_000_000
 BATCHES = (16, 32, 64)

@@ -18,7 +18,7 @@ from unlearn_gym.benchmark import evaluation, growth, objectives, observation, s
 from unlearn_gym.benchmark.figures import Figure, markdown
 from unlearn_gym.errors import ResultsError, SettingsError
 from unlearn_gym.files import read_json, read_json_as, write_json, write_text
-from unlearn_gym.locks import folder_lock
+from unlearn_gym.system.locks import folder_lock
 from unlearn_gym.tasks import get_task
 
 ITEMS = {

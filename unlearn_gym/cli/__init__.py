@@ -12,8 +12,8 @@ import tyro
 
 from unlearn_gym import __version__
 from unlearn_gym.cli import assets, evidence, reference
-from unlearn_gym.interrupts import INTERRUPTED, restore_interrupts
-from unlearn_gym.processes import Terminated, signals_as_interrupts
+from unlearn_gym.system.interrupts import INTERRUPTED, restore_interrupts
+from unlearn_gym.system.processes import Terminated, signals_as_interrupts
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "compare": evidence.compare,

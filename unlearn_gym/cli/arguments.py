@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from unlearn_gym.engines import Engine
+from unlearn_gym.comparison.engines import Engine
 
 if TYPE_CHECKING:
-    from unlearn_gym.evaluation.comparison import CellProgress
+    from unlearn_gym.comparison.comparison import CellProgress
 
 Threads = Annotated[int | None, tyro.conf.arg(help="torch threads; default: torch's own choice")]
 EngineName = Annotated[

@@ -30,9 +30,9 @@ def pretrain(
 
     By default 6,000 updates of 128 samples. A one-step generator is distilled, without data, by 3,000 of 32.
     """
-    from unlearn_gym.distillation import DistillationSettings, distill
-    from unlearn_gym.pretraining import PretrainSettings
-    from unlearn_gym.pretraining import pretrain as train
+    from unlearn_gym.making.distillation import DistillationSettings, distill
+    from unlearn_gym.making.pretraining import PretrainSettings
+    from unlearn_gym.making.pretraining import pretrain as train
     from unlearn_gym.tasks import get_task, load_data
 
     set_threads(threads)
@@ -60,7 +60,7 @@ def train_classifier(
     threads: Threads = None,
 ) -> None:
     """Train the digit-and-garment classifier that judges samples."""
-    from unlearn_gym.train_classifier import train_classifier as train
+    from unlearn_gym.making.train_classifier import train_classifier as train
 
     set_threads(threads)
     manifest = train(
@@ -92,8 +92,8 @@ def build_data(
 
 def build_instances(ranges: tyro.conf.Positional[Path], out: Path | None = None) -> None:
     """Draw the training and test instances that a YAML file of ranges describes (seeded)."""
-    from unlearn_gym.instances import INSTANCES
-    from unlearn_gym.instances import build_instances as build
+    from unlearn_gym.tasks.instances import INSTANCES
+    from unlearn_gym.tasks.instances import build_instances as build
 
     path = out or INSTANCES / f"{ranges.stem}.json"
     content = build(ranges, path, invocation())
@@ -108,8 +108,8 @@ def calibrate(
     threads: Threads = None,
 ) -> None:
     """Measure the feature constants of a task; writes constants.json beside the task's weights."""
-    from unlearn_gym.calibration import calibrate as measure
     from unlearn_gym.files import write_json
+    from unlearn_gym.making.calibration import calibrate as measure
     from unlearn_gym.tasks import get_task, load_data
 
     set_threads(threads)
@@ -130,7 +130,7 @@ def network_costs(threads: Threads = None) -> None:
 
 def networks(data_root: DataRoot = None, out: Path = Path("runs/networks"), threads: Threads = None) -> None:
     """Train a few candidate networks briefly and print sample quality against step cost; resumes."""
-    from unlearn_gym.network_table import network_table
+    from unlearn_gym.benchmark.network_table import network_table
     from unlearn_gym.tasks import get_task, load_data
 
     set_threads(threads)

@@ -21,8 +21,8 @@ from unlearn_gym.cli.arguments import (
 from unlearn_gym.cli.terminal import fitted, show
 
 if TYPE_CHECKING:
-    from unlearn_gym.evaluation.judge import EvaluationSettings
-    from unlearn_gym.evaluation.results import Results
+    from unlearn_gym.comparison.results import Results
+    from unlearn_gym.metrics.judge import EvaluationSettings
 
 ForgetSamples = Annotated[int, tyro.conf.arg(help="samples of the forget data's labels")]
 QualitySamples = Annotated[int, tyro.conf.arg(help="samples for KID, FID and the other quality metrics")]
@@ -56,8 +56,8 @@ def compare(
     trust: Trust = False,
 ) -> None:
     """Run every policy on the same seeds and batches, evaluate the final models, write a report; resumes."""
-    from unlearn_gym.evaluation.comparison import Comparison, default_policies, run_comparison, seed_range
-    from unlearn_gym.evaluation.report import write_report
+    from unlearn_gym.comparison.comparison import Comparison, default_policies, run_comparison, seed_range
+    from unlearn_gym.report.report import write_report
     from unlearn_gym.tasks import get_task, load_data, resolve_data_root
 
     root = resolve_data_root(data_root)
@@ -88,10 +88,10 @@ def report(
     out: Annotated[Path | None, tyro.conf.arg(help="default: the one folder; needed for several")] = None,
 ) -> None:
     """Write tables and pictures again from results.json; several folders of one task are merged."""
+    from unlearn_gym.comparison.records import write_results
+    from unlearn_gym.comparison.results import load_results, merge_results
     from unlearn_gym.errors import ResultsError
-    from unlearn_gym.evaluation.records import write_results
-    from unlearn_gym.evaluation.report import write_report
-    from unlearn_gym.evaluation.results import load_results, merge_results
+    from unlearn_gym.report.report import write_report
 
     if not folders:
         raise ResultsError("name at least one folder with a results.json")
@@ -120,7 +120,7 @@ def experiment(
     trust: Trust = False,
 ) -> None:
     """Run an experiment of configs/experiments (or a .yaml file) and write its tables and pictures; resumes."""
-    from unlearn_gym.evaluation.experiment import run_experiment
+    from unlearn_gym.making.experiment import run_experiment
     from unlearn_gym.tasks import resolve_data_root
 
     root = resolve_data_root(data_root)
@@ -149,10 +149,10 @@ def evaluate(
     threads: Threads = None,
 ) -> None:
     """Every metric of one model of a task: 'untouched', 'oracle', or a .safetensors file of its weights."""
-    from unlearn_gym.evaluation.catalogue import METRICS
-    from unlearn_gym.evaluation.cell import final_model
-    from unlearn_gym.evaluation.metrics import Evaluator
+    from unlearn_gym.comparison.cell import final_model
     from unlearn_gym.files import write_json
+    from unlearn_gym.metrics.catalogue import METRICS
+    from unlearn_gym.metrics.evaluator import Evaluator
     from unlearn_gym.tasks import get_task, load_data
 
     set_threads(threads)
@@ -172,9 +172,9 @@ def evaluate(
 
 def _task_of(weights: str, task: str | None) -> str:
     """The task to evaluate ``weights`` on; :class:`WeightsError` where the file does not fit it or says nothing."""
+    from unlearn_gym.comparison.comparison import tell
     from unlearn_gym.envs.siss_unlearn import DEFAULT_TASK
     from unlearn_gym.errors import WeightsError
-    from unlearn_gym.evaluation.comparison import tell
     from unlearn_gym.tasks.saving import fitting_task, other_task, read_header
 
     if not weights.endswith(".safetensors"):
@@ -191,13 +191,13 @@ def _task_of(weights: str, task: str | None) -> str:
 
 def metrics() -> None:
     """Print what every metric means, as in docs/metrics.md."""
-    from unlearn_gym.evaluation.catalogue import metrics_page
+    from unlearn_gym.metrics.catalogue import metrics_page
 
     print(metrics_page(), end="")
 
 
 def _evaluation(forget: int, quality: int, likelihood: int, inception_weights: Path | None) -> EvaluationSettings:
-    from unlearn_gym.evaluation.judge import EvaluationSettings
+    from unlearn_gym.metrics.judge import EvaluationSettings
 
     weights = None if inception_weights is None else str(inception_weights.resolve())
     return EvaluationSettings(forget, quality, num_likelihood_samples=likelihood, inception_weights=weights)
@@ -207,9 +207,9 @@ def print_tables(results: Results) -> None:
     """The main figures, with intervals where these do not make two tables of one; then verdict and warnings."""
     from rich.console import Console
 
-    from unlearn_gym.evaluation.report import verdict
-    from unlearn_gym.evaluation.signatures import warnings
-    from unlearn_gym.evaluation.tables import terminal
+    from unlearn_gym.report.report import verdict
+    from unlearn_gym.report.signatures import warnings
+    from unlearn_gym.report.tables import terminal
 
     console = Console()
     table, title = terminal(results, intervals=True), "means over seeds, with 95 % intervals"
@@ -247,8 +247,8 @@ def bench(
 
 def agents() -> None:
     """List the agents that ship: what each was trained on, how long, what came of it, and how to use it."""
+    from unlearn_gym.making.shipped import score_table, training_table
     from unlearn_gym.policies.registry import SHIPPED_AGENTS
-    from unlearn_gym.shipped import score_table, training_table
 
     scores = "On test instances (docs/transfer/transfer.md says where an agent knows a task of them):"
     print(f"{training_table()}\n\n{scores}\n\n{score_table()}\n\nin {SHIPPED_AGENTS}")

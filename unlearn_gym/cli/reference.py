@@ -40,7 +40,7 @@ def tasks() -> None:
 
 def options_page() -> str:
     """docs/options.md."""
-    from unlearn_gym.evaluation.tables import markdown_table
+    from unlearn_gym.report.tables import markdown_table
 
     return PAGE.format(**{name: markdown_table(*table) for name, table in _tables().items()})
 

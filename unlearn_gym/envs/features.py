@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unlearn_gym.diffusion import grid_timesteps
+from unlearn_gym.math.diffusion import grid_timesteps
+from unlearn_gym.metrics.probe import learned_labels
 from unlearn_gym.run import UnlearningRun
+from unlearn_gym.system.torch_state import insulated
 from unlearn_gym.tasks import Task, to_model_range
-from unlearn_gym.tasks.probe import learned_labels
-from unlearn_gym.torch_state import insulated
 
 FEATURE_CLIP = 5.0
 NUM_BANDS, BAND_SAMPLES = 5, 8

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from unlearn_gym.envs.siss_unlearn import SISSUnlearnEnv
 from unlearn_gym.errors import SettingsError
-from unlearn_gym.stacked import StackedRuns
+from unlearn_gym.run.stacked import StackedRuns
 
 Reset = tuple[NDArray[np.float32], dict[str, Any]]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, get_type_hints
 
-from unlearn_gym.step import StepTerms
+from unlearn_gym.run.terms import StepTerms
 
 
 class InfoKey(NamedTuple):

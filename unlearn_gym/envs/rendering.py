@@ -6,18 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unlearn_gym.metrics.pictures import FORGET_COLOR, LAMBDA_COLOR, RETAIN_COLOR, draw_samples
+from unlearn_gym.metrics.probe import equally, learned_labels
 from unlearn_gym.run import UnlearningRun
-from unlearn_gym.step import StepTerms
+from unlearn_gym.run.terms import StepTerms
 from unlearn_gym.tasks import Task
-from unlearn_gym.tasks.probe import equally, learned_labels
 
-RETAIN_COLOR, FORGET_COLOR, LAMBDA_COLOR = "#1f6f8b", "#c8553d", "#3d3d3d"
 GRID = (4, 6)
 NUM_POINTS = 400
 RENDER_STEPS = 12
@@ -44,38 +43,13 @@ def fixed_samples(task: Task, run: UnlearningRun) -> Tensor:
     ).cpu()
 
 
-def image_grid(images: Tensor, columns: int) -> NDArray[np.float32]:
-    """Tile ``(N, C, H, W)`` in [-1, 1] to one picture in [0, 1], with a pixel between tiles.
-
-    C is that of grey or colour pictures, 1, 3 or 4; of others the first channel is shown.
-    """
-    images = images if images.shape[1] in (1, 3, 4) else images[:, :1]
-    n, channels, height, width = images.shape
-    rows = -(-n // columns)
-    grid = np.ones((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), dtype=np.float32)
-    for i, image in enumerate((images.clamp(-1, 1) + 1) / 2):
-        top, left = (i // columns) * (height + 1), (i % columns) * (width + 1)
-        grid[top : top + height, left : left + width] = image.permute(1, 2, 0).numpy()
-    return grid[..., 0] if channels == 1 else grid
-
-
-def draw_samples(axes: Axes, samples: Tensor, columns: int = GRID[1]) -> None:
-    """A grid of images, or a scatter of points in the plane."""
-    if samples.dim() == 4:
-        axes.imshow(image_grid(samples, columns), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axes.set_axis_off()
-        return
-    axes.scatter(samples[:, 0], samples[:, 1], s=6, color=LAMBDA_COLOR, alpha=0.5, linewidths=0)
-    axes.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
-
-
 def draw_frame(task: Task, run: UnlearningRun, history: Sequence[StepTerms]) -> NDArray[np.uint8]:
     """The frame, ``(540, 960, 3)`` uint8."""
     figure = Figure(figsize=(9.6, 5.4), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))  # type: ignore[misc]
     axes = left.subplots()
-    draw_samples(axes, fixed_samples(task, run))
+    draw_samples(axes, fixed_samples(task, run), columns=GRID[1])
     title = "samples from fixed noise"
     if task.probe_labels:
         title += f": label {', '.join(map(str, task.probe_labels))} above, all to retain below"

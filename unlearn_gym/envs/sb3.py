@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from unlearn_gym.envs.vector import SISSUnlearnVectorEnv
 from unlearn_gym.errors import SettingsError
-from unlearn_gym.values import numbers_of
+from unlearn_gym.system.values import numbers_of
 
 
 class SB3VecEnv(VecEnv):

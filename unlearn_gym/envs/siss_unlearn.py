@@ -16,22 +16,22 @@ from torch import Tensor
 
 from unlearn_gym.envs.features import FEATURE_CLIP, ExtendedFeatures
 from unlearn_gym.errors import ActionError, SettingsError, shown
-from unlearn_gym.instances import Instance, load_instances
-from unlearn_gym.objectives import get_objective
-from unlearn_gym.run import Snapshot, UnlearningRun
+from unlearn_gym.run.objectives import get_objective
+from unlearn_gym.run.run import Snapshot, UnlearningRun
+from unlearn_gym.run.terms import FEATURES, StepTerms
 from unlearn_gym.settings import RunSettings
-from unlearn_gym.step import FEATURES, StepTerms
+from unlearn_gym.system.torch_state import insulated
+from unlearn_gym.system.values import is_whole, one_number
 from unlearn_gym.tasks import Task, TaskData, get_task, load_data
+from unlearn_gym.tasks.instances import Instance, load_instances
 from unlearn_gym.tasks.saving import save_model
-from unlearn_gym.torch_state import insulated
-from unlearn_gym.values import is_whole, one_number
 
 ACTION_TOLERANCE = 1e-6
 DEFAULT_TASK = "mnist-trousers"
 
 
 def parse_action(action: Any, lambda_min: float, lambda_max: float) -> float:
-    """The one λ in ``action``, see :func:`unlearn_gym.values.one_number`; raises :class:`ActionError`."""
+    """The one λ in ``action``, see :func:`unlearn_gym.system.values.one_number`; raises :class:`ActionError`."""
     lambda_ = one_number(action)
     if not lambda_min - ACTION_TOLERANCE <= lambda_ <= lambda_max + ACTION_TOLERANCE:
         raise ActionError(
@@ -123,7 +123,7 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     ## Arguments
     ``task``: a registered task's name, by default "mnist-trousers". ``instances``: in its place a set from which every
     episode draws what it unlearns (what an instance says goes before options), by name (``"gaussians-2d/train"``),
-    from a file or as a list; see :mod:`unlearn_gym.instances`. ``render_mode``: None or ``"rgb_array"``.
+    from a file or as a list; see :mod:`unlearn_gym.tasks.instances`. ``render_mode``: None or ``"rgb_array"``.
     ``data_root``: folder with torchvision's data, else the environment variable ``UNLEARN_GYM_DATA_ROOT``, else the
     shipped subset. ``download``: let torchvision fill that folder. Every field of
     :class:`unlearn_gym.settings.RunSettings` replaces the task's default:
@@ -254,7 +254,7 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """Restore the pretrained model and seed the run.
 
-        ``options["instance"]`` names what to unlearn: an :class:`unlearn_gym.instances.Instance`, a dict of its
+        ``options["instance"]`` names what to unlearn: an :class:`unlearn_gym.tasks.instances.Instance`, a dict of its
         fields, a task's name, or a number in the environment's ``instances``. It is in ``info["instance"]`` and stays
         until another one is named; an environment with ``instances`` draws one for every episode.
         """

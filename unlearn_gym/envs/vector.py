@@ -20,11 +20,11 @@ from unlearn_gym.envs.group import EnvGroup
 from unlearn_gym.envs.pool import WorkerPool
 from unlearn_gym.envs.siss_unlearn import SISSUnlearnEnv, parse_action, reset_options
 from unlearn_gym.errors import ActionError, SettingsError, shown
-from unlearn_gym.memory import PROCESS_BYTES, check_memory
-from unlearn_gym.step import Moments
+from unlearn_gym.run.terms import Moments
+from unlearn_gym.system.memory import PROCESS_BYTES, check_memory
+from unlearn_gym.system.torch_state import insulated
+from unlearn_gym.system.values import is_real, is_whole, numbers_of
 from unlearn_gym.tasks import resolve_data_root
-from unlearn_gym.torch_state import insulated
-from unlearn_gym.values import is_real, is_whole, numbers_of
 
 BACKENDS = ("auto", "processes", "stacked", "serial")
 LONGEST_TIMEOUT = 1_000_000
@@ -47,7 +47,7 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
 
     ``backend``: ``"processes"``: worker processes, one for each core or less, which share out the environments
     and the cores; ``"stacked"``: all runs in this process, their networks evaluated as one over stacked parameters
-    (:class:`unlearn_gym.stacked.StackedRuns`); ``"serial"``: one after the other in this process; ``"auto"``:
+    (:class:`unlearn_gym.run.stacked.StackedRuns`); ``"serial"``: one after the other in this process; ``"auto"``:
     processes on a CPU, stacked elsewhere, serial for one environment.
     ``num_workers``: worker processes; default: the cores that this process may use, at most ``num_envs``.
     ``worker_timeout``: seconds after which a worker that has not answered counts as dead (default: never).

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlearn_gym.models.weights import load_weights
-from unlearn_gym.torch_state import initial_weights_from, insulated
+from unlearn_gym.system.torch_state import initial_weights_from, insulated
 
 NUM_DIGITS = 10
 NUM_GARMENTS = 10

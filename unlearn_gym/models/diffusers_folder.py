@@ -19,9 +19,9 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
-from unlearn_gym.diffusion import ScheduleConfig, ScheduleKind
 from unlearn_gym.errors import SettingsError, WeightsError, describe_validation_error
 from unlearn_gym.files import read_json
+from unlearn_gym.math.diffusion import ScheduleConfig, ScheduleKind
 from unlearn_gym.models.diffusers_unet import (
     ARCHITECTURES,
     PREDICTION_TYPES,

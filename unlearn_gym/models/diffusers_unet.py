@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
-from unlearn_gym.diffusion import ScheduleConfig, per_sample
 from unlearn_gym.errors import SettingsError, error_line, shown
+from unlearn_gym.math.diffusion import ScheduleConfig, per_sample
 
 Architecture = Literal["UNet2DModel", "UNet2DConditionModel"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from unlearn_gym.models.unet import timestep_embedding
-from unlearn_gym.values import Checked
+from unlearn_gym.system.values import Checked
 
 
 class MLPConfig(Checked):

@@ -21,7 +21,7 @@ START = 440
 class OneStepModel(nn.Module):
     """Three ε-networks ``(x_t, timesteps, labels) -> epsilon_pred`` of one size.
 
-    ``generator`` makes samples in one step (:func:`unlearn_gym.sfd.generate`), ``fake`` has learned the score of
+    ``generator`` makes samples in one step (:func:`unlearn_gym.math.sfd.generate`), ``fake`` has learned the score of
     those samples, and ``teacher`` is the frozen diffusion model. As a whole it is the ε-network ``fake``, which draws
     in many steps what the generator draws in one. The teacher is no part of the state dict: it never changes.
     """

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from unlearn_gym.values import Checked
+from unlearn_gym.system.values import Checked
 
 
 class UNetConfig(Checked):

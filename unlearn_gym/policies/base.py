@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from unlearn_gym.values import one_number
+from unlearn_gym.system.values import one_number
 
 Observation = NDArray[np.float32]
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 from unlearn_gym.errors import PolicyError, UnlearnGymError
 from unlearn_gym.files import read_json, sha256
-from unlearn_gym.objectives import lambda_role
 from unlearn_gym.policies import open_loop, variational
 from unlearn_gym.policies.base import LambdaPolicy, PolicyContext
 from unlearn_gym.policies.normalization import statistics_path
 from unlearn_gym.policies.own import load_own_policy, module_spec
 from unlearn_gym.policies.transfer import trained_network
 from unlearn_gym.policies.variational_spec import FORM, parse_variational
+from unlearn_gym.settings import LAMBDA_ROLES
+from unlearn_gym.system.torch_state import insulated
 from unlearn_gym.tasks import get_task
-from unlearn_gym.torch_state import insulated
 
 SCHEDULES = {"linear": open_loop.linear, "cosine": open_loop.cosine, "exponential": open_loop.exponential}
 DRAWS = {"prior": open_loop.prior_draw, "random": open_loop.uniform_draw}
@@ -142,7 +142,7 @@ def _lambdas(spec: str, arguments: list[str], context: PolicyContext, count: int
 def _variational(spec: str, context: PolicyContext) -> LambdaPolicy:
     chosen = parse_variational(spec)
     if chosen.estimator == "variance":
-        if lambda_role(context.objective) != "mixture":
+        if LAMBDA_ROLES[context.objective] != "mixture":
             raise PolicyError(
                 f"policy {spec!r} needs an objective that draws from a mixture, as 'siss' and 'bernoulli' do, "
                 f"not {context.objective!r}"

@@ -29,7 +29,7 @@ from unlearn_gym.policies.sb3_file import (
     read_data,
     trained_under_vec_normalize,
 )
-from unlearn_gym.torch_state import initial_weights_from, insulated
+from unlearn_gym.system.torch_state import initial_weights_from, insulated
 
 OBSERVATION_SHAPE = (6,)
 ALGORITHM_MARKS = {"PPO": {"clip_range"}, "A2C": {"gae_lambda"}, "TD3": {"policy_delay"}, "SAC": {"ent_coef", "tau"}}

@@ -9,7 +9,7 @@ from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.errors import PolicyError
 from unlearn_gym.policies.base import PolicyContext, Transition
 from unlearn_gym.policies.variational import InferenceNetwork, VariationalPolicy
-from unlearn_gym.torch_state import insulated
+from unlearn_gym.system.torch_state import insulated
 
 NUM_EPISODES = 3
 FIRST_SEED = 1_000_000

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unlearn_gym.errors import PolicyError
+from unlearn_gym.math.siss import combine_products
 from unlearn_gym.policies.base import Observation, PolicyContext, Transition
-from unlearn_gym.siss import combine_products
-from unlearn_gym.step import SECOND_MOMENT_GRID
-from unlearn_gym.torch_state import initial_weights_from, insulated
+from unlearn_gym.run.terms import SECOND_MOMENT_GRID
+from unlearn_gym.system.torch_state import initial_weights_from, insulated
 
 GRADIENT_ESTIMATORS = ("pathwise", "score_function", "kl_only")
 FEATURE_SETS = ("losses", "norms", "extended")
@@ -124,9 +124,9 @@ class VariationalPolicy:
 class VariancePolicy:
     """The λ that minimises the second moment of the gradient g_r - m g_f, plus ``kl_coef z²/2``.
 
-    Its parts are estimated from the batches just seen (:func:`unlearn_gym.siss.gradient_second_moment`) and averaged
-    over steps with ``decay``; m is the share of the forget gradients' norm that the updates truly applied, averaged
-    alike. Under the norm rules m follows λ, so the choice is the fixed point of choosing and measuring.
+    Its parts are estimated from the batches just seen (:func:`unlearn_gym.math.siss.gradient_second_moment`) and
+    averaged over steps with ``decay``; m is the share of the forget gradients' norm that the updates truly applied,
+    averaged alike. Under the norm rules m follows λ, so the choice is the fixed point of choosing and measuring.
 
     This is no gradient of L_SISS, whose expectation does not depend on λ: it is what λ truly acts on. z is the
     logit of λ in its range; its term is the KL of a point mass to the prior, up to a constant.

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from unlearn_gym.diffusion import ScheduleConfig
+from unlearn_gym.math.diffusion import ScheduleConfig
 from unlearn_gym.models import MLPConfig, UNetConfig, VAEConfig
 from unlearn_gym.models.classifier import GARMENTS, classify
 from unlearn_gym.models.one_step import OneStepNetwork

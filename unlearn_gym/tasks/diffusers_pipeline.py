@@ -15,9 +15,9 @@ from unlearn_gym.files import read_json_as, sha256, write_json
 from unlearn_gym.models.diffusers_folder import Source, read_folder
 from unlearn_gym.models.diffusers_unet import DiffusersConfig, DiffusersNetwork
 from unlearn_gym.models.weights import load_weights, read_tensors, save_weights
+from unlearn_gym.system.torch_state import initial_weights_from, insulated
 from unlearn_gym.tasks.data import TaskData
 from unlearn_gym.tasks.registry import Task
-from unlearn_gym.torch_state import initial_weights_from, insulated
 
 
 @insulated
@@ -38,7 +38,7 @@ def diffusers_task(
         name: the task's.
         source: a folder that ``save_pretrained`` of a ``DDPMPipeline`` or of its U-Net wrote, whose weights are copied
             to ``assets``; or a config alone, to be trained from scratch with
-            :func:`unlearn_gym.pretraining.pretrain` into ``assets``.
+            :func:`unlearn_gym.making.pretraining.pretrain` into ``assets``.
         load_data: the task's, see :class:`Task`. Images are ``(N, C, H, W)``, and have labels if the network has.
         assets: folder of the task's own weights and constants, not that of the pipeline.
         class_embedding: safetensors file with one tensor ``weight (num_classes, cross_attention_dim)``, the state of

@@ -12,17 +12,17 @@ from pathlib import Path
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
-from unlearn_gym.diffusion import ScheduleConfig
 from unlearn_gym.errors import DataError, TaskError, WeightsError, shown
-from unlearn_gym.families import Family, family_of
 from unlearn_gym.files import read_json_as
+from unlearn_gym.math.diffusion import ScheduleConfig
 from unlearn_gym.models import MLPConfig, UNetConfig, VAEConfig, build_network
+from unlearn_gym.models.families import Family, family_of
 from unlearn_gym.models.one_step import OneStepNetwork
 from unlearn_gym.models.weights import load_weights
 from unlearn_gym.settings import RunSettings
+from unlearn_gym.system.torch_state import initial_weights_from, insulated
+from unlearn_gym.system.values import Checked
 from unlearn_gym.tasks.data import TaskData
-from unlearn_gym.torch_state import initial_weights_from, insulated
-from unlearn_gym.values import Checked
 
 DATA_ROOT_VARIABLE = "UNLEARN_GYM_DATA_ROOT"
 HOME_VARIABLE = "UNLEARN_GYM_HOME"
@@ -50,7 +50,7 @@ class Task:
 
     ``network`` is a config, or a function that returns an ε-network
     ``(x_t, timesteps, labels or None) -> epsilon_pred`` of your own; one whose attribute ``family`` says so returns a
-    model of another kind (:mod:`unlearn_gym.families`). ``load_data(data_root, download)``
+    model of another kind (:mod:`unlearn_gym.models.families`). ``load_data(data_root, download)``
     returns the sets. ``assets`` is the folder with ``pretrained.safetensors``, ``oracle.safetensors``
     and ``constants.json``; ``pretrained_assets`` and ``oracle_assets`` are those of the weights that tasks share.
     ``classify(samples) -> (features (N, F), logits (N, C))`` judges generated samples; those whose most likely
@@ -241,7 +241,10 @@ class TaskFamily:
 
 SHELL_TASKS: set[str] = set()
 """Names of the tasks that commands of the shell know: the package's own, which :mod:`unlearn_gym.tasks` registers."""
-PYTHON_FUNCTIONS = {"pretrain": "unlearn_gym.pretraining.pretrain", "calibrate": "unlearn_gym.calibration.calibrate"}
+PYTHON_FUNCTIONS = {
+    "pretrain": "unlearn_gym.making.pretraining.pretrain",
+    "calibrate": "unlearn_gym.making.calibration.calibrate",
+}
 """What those commands call."""
 _TASKS: dict[str, Task] = {}
 _FAMILIES: dict[str, TaskFamily] = {}

@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from unlearn_gym.diffusion import ScheduleConfig
 from unlearn_gym.errors import (
     SettingsError,
     TaskError,
@@ -23,13 +22,14 @@ from unlearn_gym.errors import (
     shown,
 )
 from unlearn_gym.files import parse_json
+from unlearn_gym.math.diffusion import ScheduleConfig
 from unlearn_gym.models import MLPConfig, UNetConfig, VAEConfig, build_network
 from unlearn_gym.models.diffusers_folder import save_pipeline
 from unlearn_gym.models.diffusers_unet import DiffusersConfig, DiffusersNetwork, completed, excess
 from unlearn_gym.models.weights import load_weights, save_weights, serialize
+from unlearn_gym.system.torch_state import initial_weights_from, insulated
 from unlearn_gym.tasks.diffusers_pipeline import read_manifest
 from unlearn_gym.tasks.registry import Task, get_task
-from unlearn_gym.torch_state import initial_weights_from, insulated
 
 HEADER = "unlearn_gym"
 """The entry of a safetensors file's metadata that says what its tensors are."""

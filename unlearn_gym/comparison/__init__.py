@@ -1,0 +1,1 @@
+"""Runs of many policies on equal terms: run, kept and read again."""

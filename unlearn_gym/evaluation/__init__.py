@@ -1,1 +1,0 @@
-"""Metrics, the comparison protocol, statistics and the report."""

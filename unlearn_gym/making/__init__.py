@@ -1,0 +1,1 @@
+"""How shipped weights, constants and results were made."""

@@ -1,0 +1,1 @@
+"""Formulas as pure functions of tensors and numbers."""

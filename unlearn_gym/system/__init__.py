@@ -1,0 +1,1 @@
+"""Files, processes and torch as the operating system and the caller leave them."""
