@@ -175,6 +175,13 @@ MUTANTS = [
     Mutant("statistics-of-one-byte-order", "policies/normalization.py", 'byte_order not in ("<", ">")', 'byte_order not in ("<",)', "agent_files::test_statistics_with_numpys_numbers_in_them_are_what_they_say"),
     Mutant("replaced-parameters-go-unnoticed", "models/flat.py", "return all(parameters.get(name) is parameter", "return True or all(parameters.get(name) is parameter", "torch_state::test_parameters_that_the_run_does_not_train_are_noticed_before_anything_is_drawn"),
     Mutant("replaced-data-goes-unnoticed", "models/flat.py", "if parameter.data_ptr() != place:", "if False:", "torch_state::test_parameters_that_the_run_does_not_train_are_noticed_before_anything_is_drawn"),
+    # actions
+    Mutant("a-strength-lasts", "run/gradients.py", "constant = settings.forget_grad_norm if strength is None else strength", "constant = settings.forget_grad_norm", "actions::test_a_strength_is_the_rules_constant_for_this_update_alone"),
+    Mutant("a-scaled-step-scales-the-next", "run/run.py", '        group["lr"] = learning_rate\n', "        pass\n", "actions::test_a_step_is_as_many_times_as_long_and_the_next_one_is_not"),
+    Mutant("stacked-steps-are-not-scaled", "run/stacked.py", "vector.copy_(start + scale * (vector - start))", "pass", "actions::test_stacked_runs_take_strength_and_scale_of_each_run_alone"),
+    Mutant("a-strength-under-the-loss-rule", "run/gradients.py", 'return settings.forget_grad_rule != "loss" and', "return", "actions::test_a_strength_where_no_rule_has_it_is_refused"),
+    Mutant("a-stopped-episode-goes-on", "envs/siss_unlearn.py", "if self._ended or ", "if ", "actions::test_an_action_may_end_the_episode_with_its_update"),
+    Mutant("stop-of-stacked-runs-is-lost", "envs/group.py", "advance(terms[i], stop=action.stop)", "advance(terms[i])", "actions::test_an_action_may_end_the_episode_with_its_update"),
 ]  # fmt: skip
 """One mutant for each kind of fault; mutants without an observable effect are omitted."""
 

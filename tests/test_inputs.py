@@ -11,7 +11,7 @@ import torch
 
 from unlearn_gym.cli.arguments import parse_options
 from unlearn_gym.envs import SB3VecEnv, SISSUnlearnEnv, SISSUnlearnVectorEnv
-from unlearn_gym.envs.siss_unlearn import parse_action
+from unlearn_gym.envs.actions import parse_action
 from unlearn_gym.errors import (
     ActionError,
     DataError,
@@ -23,6 +23,7 @@ from unlearn_gym.errors import (
 from unlearn_gym.making.pretraining import PretrainSettings
 from unlearn_gym.models import MLPConfig
 from unlearn_gym.policies.base import FunctionPolicy
+from unlearn_gym.run.actions import Action
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.tasks import get_task
 from unlearn_gym.tasks.instances import load_instances
@@ -53,8 +54,8 @@ def leaf(*values, dtype=torch.float32):
 )  # fmt: skip
 def test_whatever_plainly_is_one_number_is_an_action(action):
     found = parse_action(action, 0.1, 0.9)
-    assert type(found) is float
-    assert found == 0.5
+    assert type(found.lambda_) is float
+    assert found == Action(0.5)
 
 
 @pytest.mark.parametrize(

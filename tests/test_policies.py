@@ -12,6 +12,7 @@ from unlearn_gym.envs import SISSUnlearnEnv
 from unlearn_gym.errors import PolicyError
 from unlearn_gym.policies import LambdaPolicy, PolicyContext, Transition, make_policy
 from unlearn_gym.policies.episode import policy_context, run_episode
+from unlearn_gym.run.actions import Action
 from unlearn_gym.run.terms import SECOND_MOMENT_GRID
 
 CONTEXT = PolicyContext("gaussians-2d", 0.1, 0.9, 60)
@@ -38,7 +39,7 @@ def play(policy, steps: int, gradient: float = 0.0, seed: int = 0) -> list[float
     for _ in range(steps):
         lambdas.append(policy.act(OBS, info(gradient)))
         if hasattr(policy, "update"):
-            policy.update(Transition(OBS, lambdas[-1], 0.0, OBS, False, info(gradient)))
+            policy.update(Transition(OBS, Action(lambdas[-1]), 0.0, OBS, False, info(gradient)))
     return lambdas
 
 
@@ -99,7 +100,7 @@ def test_variational_step_is_the_gradient_of_the_elbo():
     kl = torch.distributions.kl_divergence(normal(mu, (0.5 * log_variance).exp()), normal(0.0, 1.0))
     parameters = list(policy.network.parameters())
     expected = torch.autograd.grad(2.0 * lam + 0.3 * kl, parameters, retain_graph=True)
-    policy.update(Transition(OBS, float(lam.detach()), 0.0, OBS, False, info(2.0)))
+    policy.update(Transition(OBS, Action(float(lam.detach())), 0.0, OBS, False, info(2.0)))
     for p, g in zip(parameters, expected, strict=True):
         torch.testing.assert_close(p.grad, g)
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from unlearn_gym.envs.siss_unlearn import SISSUnlearnEnv
 from unlearn_gym.errors import SettingsError
+from unlearn_gym.run.actions import Action
 from unlearn_gym.run.stacked import StackedRuns
 
 Reset = tuple[NDArray[np.float32], dict[str, Any]]
@@ -78,18 +79,18 @@ class EnvGroup(Asked):
         """Take the episode of environment ``i`` for ended."""
         self.due[i] = True
 
-    def step(self, lambdas: Sequence[float]) -> list[Outcome]:
+    def step(self, actions: Sequence[Action]) -> list[Outcome]:
         """One step of every environment; one whose episode ended begins the next one as ``mode`` has it."""
-        going = {i: lambda_ for i, lambda_ in enumerate(lambdas) if not self.due[i]}
+        going = {i: action for i, action in enumerate(actions) if not self.due[i]}
         stepped = self._step(going)
         return [self._autoreset(i, stepped.get(i)) for i in range(len(self.envs))]
 
-    def _step(self, lambdas: Mapping[int, float]) -> dict[int, Outcome]:
-        if self.stack is None or not lambdas:
-            return {i: Outcome(*self.envs[i].step(lambda_)) for i, lambda_ in lambdas.items()}
-        values = {i: self.envs[i].validate(lambda_) for i, lambda_ in lambdas.items()}
+    def _step(self, actions: Mapping[int, Action]) -> dict[int, Outcome]:
+        if self.stack is None or not actions:
+            return {i: Outcome(*self.envs[i].step(action)) for i, action in actions.items()}
+        values = {i: self.envs[i].validate(action) for i, action in actions.items()}
         terms = self.stack.update(values)
-        return {i: Outcome(*self.envs[i].advance(terms[i])) for i in values}
+        return {i: Outcome(*self.envs[i].advance(terms[i], stop=action.stop)) for i, action in values.items()}
 
     def _autoreset(self, i: int, outcome: Outcome | None) -> Outcome:
         if outcome is None:

@@ -18,6 +18,7 @@ from unlearn_gym.envs.group import Asked, Outcome, Reset, finished
 from unlearn_gym.envs.siss_unlearn import SISSUnlearnEnv
 from unlearn_gym.envs.workers import Worker, WorkerDied, WorkerPlan, arguments
 from unlearn_gym.errors import WorkerError, error_line
+from unlearn_gym.run.actions import Action
 from unlearn_gym.tasks import get_task
 
 Value = TypeVar("Value")
@@ -132,10 +133,10 @@ class WorkerPool(Asked):
         self._orphans |= {i: end for i in worker.indices if i - worker.indices.start not in own}
         return {i: fresh[i] for i in own}
 
-    def step(self, lambdas: Sequence[float]) -> list[Outcome]:
+    def step(self, actions: Sequence[Action]) -> list[Outcome]:
         """One step of every environment, all workers at once."""
         for worker in self.workers:
-            worker.send("step", arguments([lambdas[i] for i in worker.indices]))
+            worker.send("step", arguments([actions[i] for i in worker.indices]))
         outcomes: list[Outcome] = []
         for number, answer in self._answers(range(len(self.workers))).items():
             if isinstance(answer, WorkerDied):

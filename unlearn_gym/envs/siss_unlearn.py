@@ -14,31 +14,21 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unlearn_gym.envs.actions import parse_action
 from unlearn_gym.envs.features import FEATURE_CLIP, ExtendedFeatures
-from unlearn_gym.errors import ActionError, SettingsError, shown
+from unlearn_gym.errors import SettingsError, shown
+from unlearn_gym.run.actions import Action
 from unlearn_gym.run.objectives import get_objective
 from unlearn_gym.run.run import Snapshot, UnlearningRun
 from unlearn_gym.run.terms import FEATURES, StepTerms
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.system.torch_state import insulated
-from unlearn_gym.system.values import is_whole, one_number
+from unlearn_gym.system.values import is_whole
 from unlearn_gym.tasks import Task, TaskData, get_task, load_data
 from unlearn_gym.tasks.instances import Instance, load_instances
 from unlearn_gym.tasks.saving import save_model
 
-ACTION_TOLERANCE = 1e-6
 DEFAULT_TASK = "mnist-trousers"
-
-
-def parse_action(action: Any, lambda_min: float, lambda_max: float) -> float:
-    """The one λ in ``action``, see :func:`unlearn_gym.system.values.one_number`; raises :class:`ActionError`."""
-    lambda_ = one_number(action)
-    if not lambda_min - ACTION_TOLERANCE <= lambda_ <= lambda_max + ACTION_TOLERANCE:
-        raise ActionError(
-            f"λ={lambda_} must lie in [{lambda_min}, {lambda_max}]; for an agent that acts in [-1, 1], wrap the "
-            "environment in gymnasium.wrappers.RescaleAction"
-        )
-    return min(max(lambda_, lambda_min), lambda_max)
 
 
 def reset_options(options: Any) -> dict[str, Any]:
@@ -171,6 +161,7 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         self.action_space: spaces.Box = spaces.Box(s.lambda_min, s.lambda_max, (1,), np.float32)  # type: ignore[assignment]
         self.observation_space: spaces.Box = self._make_observation_space(s, self.observation_extra)  # type: ignore[assignment]
         self.history: list[StepTerms] = []
+        self._ended = False
         self._features = np.zeros(len(FEATURES))
         self._extra = np.zeros(self.observation_extra)
         self._norms_age, self._direct = 0, 0.0
@@ -267,7 +258,7 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         s = self.settings
         self.run.restore(self._start)
         self.run.seed(int(self.np_random.integers(2**32)))
-        self.history = []
+        self.history, self._ended = [], False
         self._lambda = s.lambda_init
         terms = self.run.measure(s.lambda_init)
         self._observe(terms)
@@ -276,14 +267,17 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
 
     @insulated
     def step(
-        self, action: NDArray[np.float32] | float
+        self, action: NDArray[np.float32] | float | Action
     ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """One optimizer update at λ = ``action``; raises :class:`ActionError` before anything changes."""
-        return self.advance(self.run.update(self.validate(action)))
+        chosen = self.validate(action)
+        return self.advance(self.run.update(chosen), stop=chosen.stop)
 
     @insulated
-    def advance(self, terms: StepTerms) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        """What :meth:`step` returns, for an update that the run has made already."""
+    def advance(
+        self, terms: StepTerms, *, stop: bool = False
+    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """What :meth:`step` returns, for an update that the run has made already; ``stop`` ends the episode with it."""
         before, self._potential = self._potential, self._current_potential(terms)
         if not np.isfinite(self._potential):
             self.run.diverged = True
@@ -293,15 +287,15 @@ class SISSUnlearnEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         self.history.append(terms)
         if not terms.diverged:
             self._observe(terms)
-        terminated = terms.diverged or self.run.updates >= self.settings.horizon
+        terminated = self._ended = stop or terms.diverged or self.run.updates >= self.settings.horizon
         return self._observation(), sum(reward_terms.values()), terminated, False, self._info(terms, reward_terms)
 
-    def validate(self, action: NDArray[np.float32] | float) -> float:
-        """The λ that ``action`` names; raises :class:`ActionError`, or ``ResetNeeded`` after the end."""
-        lambda_ = parse_action(action, self.settings.lambda_min, self.settings.lambda_max)
-        if self.run.updates >= self.settings.horizon or self.run.diverged:
+    def validate(self, action: NDArray[np.float32] | float | Action) -> Action:
+        """What ``action`` decides; raises :class:`ActionError`, or ``ResetNeeded`` after the end."""
+        parsed = parse_action(action, self.settings.lambda_min, self.settings.lambda_max)
+        if self._ended or self.run.updates >= self.settings.horizon or self.run.diverged:
             raise gym.error.ResetNeeded("the episode has ended; call reset() before the next step")
-        return lambda_
+        return parsed
 
     @property
     def start_vector(self) -> Tensor:

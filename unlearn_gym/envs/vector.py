@@ -16,10 +16,12 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
+from unlearn_gym.envs.actions import parse_action
 from unlearn_gym.envs.group import EnvGroup
 from unlearn_gym.envs.pool import WorkerPool
-from unlearn_gym.envs.siss_unlearn import SISSUnlearnEnv, parse_action, reset_options
+from unlearn_gym.envs.siss_unlearn import SISSUnlearnEnv, reset_options
 from unlearn_gym.errors import ActionError, SettingsError, shown
+from unlearn_gym.run.actions import Action
 from unlearn_gym.run.terms import Moments
 from unlearn_gym.system.memory import PROCESS_BYTES, check_memory
 from unlearn_gym.system.torch_state import insulated
@@ -204,9 +206,9 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
             raise gym.error.ResetNeeded(
                 f"environments {shown(indices)} have no episode; call reset() before the next step"
             )
-        lambdas = self._parse(actions)
+        parsed = self._parse(actions)
         try:
-            outcomes = self.envs.step(lambdas)
+            outcomes = self.envs.step(parsed)
         except BaseException:  # an interrupt, too: some environments may have stepped
             self._needs_reset[:] = True
             raise
@@ -219,14 +221,14 @@ class SISSUnlearnVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], A
             np.array(truncated, dtype=np.bool_), list(infos),
         )  # fmt: skip
 
-    def _parse(self, actions: Any) -> list[float]:
-        lambdas = []
+    def _parse(self, actions: Any) -> list[Action]:
+        parsed = []
         for i, action in enumerate(numbers_of(actions, self.num_envs)):
             try:
-                lambdas.append(parse_action(action, self.settings.lambda_min, self.settings.lambda_max))
+                parsed.append(parse_action(action, self.settings.lambda_min, self.settings.lambda_max))
             except ActionError as error:
                 raise ActionError(f"environment {i}: {error}") from None
-        return lambdas
+        return parsed
 
     def _batch_infos(self, infos: list[dict[str, Any]]) -> dict[str, Any]:
         batched: dict[str, Any] = {}

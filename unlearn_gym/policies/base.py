@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from unlearn_gym.run.actions import Action
 from unlearn_gym.system.values import one_number
 
 Observation = NDArray[np.float32]
@@ -18,7 +19,7 @@ class Transition(NamedTuple):
     """One step as a policy may learn from it."""
 
     obs: Observation
-    lambda_: float
+    action: Action
     reward: float
     next_obs: Observation
     terminated: bool
@@ -33,8 +34,10 @@ class LambdaPolicy(Protocol):
         """Begin an episode; every random draw of the policy comes from ``seed``."""
         ...
 
-    def act(self, obs: Observation, info: dict[str, Any]) -> float:
-        """λ for the next update, in [lambda_min, lambda_max]; ``obs (6,)`` or more, ``info`` of the last step."""
+    def act(self, obs: Observation, info: dict[str, Any]) -> float | Action:
+        """The next update's λ, in [lambda_min, lambda_max], or more of an action; ``obs (6,)`` or more, ``info`` of the
+        last step.
+        """
         ...
 
 
@@ -65,13 +68,14 @@ class PolicyContext:
 
 @dataclass
 class FunctionPolicy:
-    """A plain ``obs -> lambda_`` as a policy."""
+    """A plain ``obs -> lambda_``, or ``obs -> Action``, as a policy."""
 
-    function: Callable[[Observation], float]
+    function: Callable[[Observation], float | Action]
 
     def reset(self, seed: int) -> None:
         """A function has no state."""
 
-    def act(self, obs: Observation, info: dict[str, Any]) -> float:
+    def act(self, obs: Observation, info: dict[str, Any]) -> float | Action:
         """The function's value."""
-        return one_number(self.function(obs))
+        value = self.function(obs)
+        return value if isinstance(value, Action) else one_number(value)

@@ -83,16 +83,17 @@ def run_episode(
         where = f"at step {step} of seed {seed}"
         started = clock()
         with blaming(name, f"act {where}"):
-            lambda_ = policy.act(obs, info)
+            chosen = policy.act(obs, info)
         acted = clock()
         try:
-            next_obs, reward, terminated, _, info = env.step(lambda_)
+            action = env.validate(chosen)
+            next_obs, reward, terminated, _, info = env.step(action)
         except ActionError as error:
             raise PolicyError(f"policy {name!r}: act {where}: {error}") from None
         stepped = clock()
         if update is not None:
             with blaming(name, f"update {where}"):
-                update(Transition(obs, lambda_, reward, next_obs, terminated, info))
+                update(Transition(obs, action, reward, next_obs, terminated, info))
         episode.policy_seconds += acted - started + clock() - stepped
         episode.env_seconds += stepped - acted
         episode.episode_return += reward

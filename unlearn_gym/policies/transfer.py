@@ -48,7 +48,7 @@ def _run(env: SISSUnlearnEnv, policy: VariationalPolicy, seed: int) -> None:
     obs, info = env.reset(seed=seed)
     terminated = False
     while not terminated:
-        lambda_ = policy.act(obs, info)
-        next_obs, reward, terminated, _, info = env.step(lambda_)
-        policy.update(Transition(obs, lambda_, reward, next_obs, terminated, info))
+        action = env.validate(policy.act(obs, info))
+        next_obs, reward, terminated, _, info = env.step(action)
+        policy.update(Transition(obs, action, reward, next_obs, terminated, info))
         obs = next_obs

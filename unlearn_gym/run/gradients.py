@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unlearn_gym.settings import RunSettings
+from unlearn_gym.settings import OWN_FORGET_RULES, RunSettings
 
 NEGLIGIBLE_WEIGHT = 1e-3
 """Importance weights below it count as none."""
@@ -40,6 +40,11 @@ def inner_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([torch.dot(x, y) for x, y in blocks]).sum()
 
 
+def takes_strength(settings: RunSettings) -> bool:
+    """Whether the forget gradient's rule has a constant that an action may set anew."""
+    return settings.forget_grad_rule != "loss" and settings.objective not in OWN_FORGET_RULES
+
+
 def gradient_norms(
     retain_grad: Tensor,
     forget_grad: Tensor,
@@ -48,12 +53,13 @@ def gradient_norms(
     *,
     sign: float,
     projects: bool,
+    strength: float | Tensor | None = None,
 ) -> GradientNorms:
     """The norms of both gradients ``(P,)``, the forget gradient's factor by its rule, and the norm of the whole.
 
     ``sign`` and ``projects`` are the objective's. Where it ``projects``, the factor is EraseDiff's,
     -max(0, 1+s - ⟨g_r, g_f⟩/‖g_f‖²): just so much that the update's product with the forget gradient is at least
-    ``forget_scale`` times that one's square.
+    ``forget_scale`` times that one's square. ``strength`` takes the place of ``forget_grad_norm``.
 
     The norm rules would blow a batch without forget data up to full strength: where all its forget
     weights are negligible, the direction of their gradient means nothing and its factor is 0.
@@ -67,7 +73,8 @@ def gradient_norms(
     elif rule == "loss":
         multiplier = torch.full_like(forget, settings.forget_scale)
     else:
-        target = settings.forget_grad_norm * (retain if rule == "relative_norm" else 1.0)
+        constant = settings.forget_grad_norm if strength is None else strength
+        target = constant * (retain if rule == "relative_norm" else 1.0)
         says_something = (forget > 0) & (forget_weight.max() > NEGLIGIBLE_WEIGHT)
         multiplier = torch.where(says_something, target / forget, torch.zeros_like(forget))
     multiplier = sign * multiplier

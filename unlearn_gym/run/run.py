@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,14 +17,21 @@ from unlearn_gym.errors import RunError, shown
 from unlearn_gym.math import siss
 from unlearn_gym.models.families import family_of
 from unlearn_gym.models.flat import FlatParameters, detached_copy, optimizer_state, restore_optimizer
+from unlearn_gym.run.actions import Action
 from unlearn_gym.run.batch import Batch, Draw, draw_batch
-from unlearn_gym.run.gradients import GradientNorms, clip_factor, clip_values, gradient_norms, inner_product
+from unlearn_gym.run.gradients import (
+    GradientNorms,
+    clip_factor,
+    clip_values,
+    gradient_norms,
+    inner_product,
+    takes_strength,
+)
 from unlearn_gym.run.objectives import Context, Learner, OwnPasses, Passes, get_objective
 from unlearn_gym.run.terms import SECOND_MOMENT_GRID, StepTerms, pack, unpack  # fmt: skip
 from unlearn_gym.settings import RunSettings
 from unlearn_gym.system.memory import bytes_per_sample, check_memory
 from unlearn_gym.system.torch_state import insulated, out_of_inference_mode
-from unlearn_gym.system.values import is_real
 from unlearn_gym.tasks.data import TaskData, to_model_range
 
 PROBE_SIZE = 64
@@ -66,6 +74,22 @@ def make_optimizer(settings: RunSettings, vectors: list[nn.Parameter]) -> torch.
         return torch.optim.SGD(vectors, lr=settings.learning_rate, fused=True)
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
     return kind(vectors, lr=settings.learning_rate, betas=settings.adam_betas, weight_decay=0.0, fused=True)
+
+
+@contextlib.contextmanager
+def scaled_step(optimizer: torch.optim.Optimizer, scale: float | None) -> Iterator[None]:
+    """Within the block a step of ``optimizer`` is ``scale`` times as long; None leaves it.
+
+    All optimizers here move by their learning rate times what their moments say.
+    """
+    group = optimizer.param_groups[0]
+    learning_rate = group["lr"]
+    if scale is not None:
+        group["lr"] = learning_rate * scale
+    try:
+        yield
+    finally:
+        group["lr"] = learning_rate
 
 
 class UnlearningRun:
@@ -175,16 +199,18 @@ class UnlearningRun:
         return self.objective.complete(batch, self.data, self._prepared, generator)
 
     @insulated
-    def update(self, lambda_: float) -> StepTerms:
-        """One forward pass, two backward passes, one optimizer step.
+    def update(self, action: Action | float) -> StepTerms:
+        """One forward pass, two backward passes, one optimizer step; a number is the action with that λ.
 
         Samples of zero weight need no pass, and ``grad_norms="every:k"`` saves one backward pass between
-        measurements. Raises :class:`RunError` for a λ outside [0, 1] and for a run that has diverged.
+        measurements. Raises :class:`RunError` for values out of range and for a run that has diverged.
         """
-        self.check(lambda_)
+        action = Action.of(action)
+        self.check(action)
+        lambda_, strength = action.lambda_, action.forget_strength
         value, batch = torch.full((), float(lambda_), device=self.generator.device), self.draw(self.generator)
         if self.updates % self.settings.norms_period == 0:
-            measured = self._separate_gradients(batch, value, self.learner)
+            measured = self._separate_gradients(batch, value, self.learner, strength)
             norms = measured.norms
             self._known_norms, self._norms_age = (norms.retain, norms.forget, norms.direct), 0
             scale = clip_factor(norms.update, self.settings.max_grad_norm)
@@ -195,7 +221,8 @@ class UnlearningRun:
             self.update_grad.mul_(clip_factor(measured.norms.update, self.settings.max_grad_norm))
         clip_values(self.update_grad, self.settings.max_grad_value)
         self.flat.vector.grad = self.update_grad
-        self.optimizer.step()
+        with scaled_step(self.optimizer, action.step_scale):
+            self.optimizer.step()
         self.flat.vector.grad = None  # an optimizer that runs share steps those that have a gradient
         self.updates += 1
         return self._report(lambda_, value, measured, self._norms_age)
@@ -203,7 +230,7 @@ class UnlearningRun:
     @insulated
     def measure(self, lambda_: float) -> StepTerms:
         """The terms of a batch of the measuring stream, without an update."""
-        self.check(lambda_)
+        self.check(Action(lambda_))
         value, batch = torch.full((), float(lambda_), device=self.generator.device), self.draw(self.measure_generator)
         return self._report(lambda_, value, self._separate_gradients(batch, value, None), 0)
 
@@ -231,12 +258,14 @@ class UnlearningRun:
         losses_and_norms = torch.stack(values)[[0, 2, 1, 3]]
         return np.asarray(losses_and_norms.tolist(), dtype=np.float64)
 
-    def check(self, lambda_: float) -> None:
-        """Raise :class:`RunError` when an update at ``lambda_`` cannot be made."""
-        if not is_real(lambda_):
-            raise RunError(f"lambda_={shown(lambda_)} must be a number in [0, 1]")
-        if not 0.0 <= lambda_ <= 1.0:
-            raise RunError(f"lambda_={lambda_} must lie in [0, 1]")
+    def check(self, action: Action) -> None:
+        """Raise :class:`RunError` when an update with ``action`` cannot be made."""
+        action.check()
+        if action.forget_strength is not None and not takes_strength(self.settings):
+            raise RunError(
+                f"forget_strength={action.forget_strength} is the norm rules' constant, which objective="
+                f"{self.settings.objective!r} with forget_grad_rule={self.settings.forget_grad_rule!r} does not have"
+            )
         if self.diverged:
             raise RunError("this run has diverged; restore a snapshot before the next update")
         if not self.flat.hold_the_network():
@@ -245,23 +274,26 @@ class UnlearningRun:
                 ".double() replace them; make run or environment anew, and copy weights into its parameters"
             )
 
-    def _separate_gradients(self, batch: Batch, value: Tensor, learner: Learner | None) -> Measured:
+    def _separate_gradients(
+        self, batch: Batch, value: Tensor, learner: Learner | None, strength: float | None = None
+    ) -> Measured:
         """Fill ``retain_grad`` and ``forget_grad``, by one forward and two backward passes or less."""
         if isinstance(self.objective, OwnPasses):
-            return self._own_passes(self.objective.passes(self.model, batch, value, self._context, learner))
+            passes = self.objective.passes(self.model, batch, value, self._context, learner)
+            return self._own_passes(passes, strength)
         draw = self.objective.draw(batch, self.alphas_cumprod, value)
         rows = self.objective.own_rows(len(draw.x_t)) or self._weighted_rows(draw.targets)
         terms = self._whole_passes(draw) if rows is None else self._split_passes(draw, rows)
-        return Measured(terms, self._norms(terms), draw.from_forget)
+        return Measured(terms, self._norms(terms, strength), draw.from_forget)
 
-    def _norms(self, terms: siss.SISSTerms) -> GradientNorms:
+    def _norms(self, terms: siss.SISSTerms, strength: float | None) -> GradientNorms:
         objective = self.objective
         return gradient_norms(
             self.retain_grad, self.forget_grad, terms.forget_weight, self.settings,
-            sign=objective.sign, projects=objective.projects,
+            sign=objective.sign, projects=objective.projects, strength=strength,
         )  # fmt: skip
 
-    def _own_passes(self, passes: Passes) -> Measured:
+    def _own_passes(self, passes: Passes, strength: float | None = None) -> Measured:
         """A backward pass of each of an objective's losses; the direct one's gradient joins the retain side's."""
         sides = (
             (passes.retain, self.retain_grad, self._retain_views),
@@ -272,7 +304,7 @@ class UnlearningRun:
                 gradient.zero_()
             else:
                 self._backward(loss, None, gradient, views, retain_graph=loss is passes.retain)
-        norms = self._norms(passes.terms)
+        norms = self._norms(passes.terms, strength)
         if passes.direct is not None:
             self._backward(passes.direct, None, self.update_grad, self._update_views, retain_graph=False)
             self.retain_grad += self.update_grad

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from unlearn_gym.errors import RunError
 from unlearn_gym.math import siss
+from unlearn_gym.run.actions import Action
 from unlearn_gym.run.batch import Batch, Draw
-from unlearn_gym.run.gradients import clip_factor, clip_values, gradient_norms
+from unlearn_gym.run.gradients import GradientNorms, clip_factor, clip_values, gradient_norms
 from unlearn_gym.run.objectives import EpsilonObjective
 from unlearn_gym.run.run import UnlearningRun, make_optimizer
 from unlearn_gym.run.terms import StepTerms, pack, unpack
@@ -56,9 +57,12 @@ class StackedRuns:
         signed = coefs | {"forget_scale": objective.sign * self.settings.forget_scale}
         self._terms = torch.vmap(partial(siss.siss_terms, **signed))
         self._output_gradients = torch.vmap(partial(siss.output_gradients, **coefs))
-        self._norms = torch.vmap(
-            partial(gradient_norms, settings=self.settings, sign=objective.sign, projects=objective.projects)
-        )
+        rule: Any = {"settings": self.settings, "sign": objective.sign, "projects": objective.projects}
+
+        def norms(retain: Tensor, forget: Tensor, weight: Tensor, strength: Tensor | None = None) -> GradientNorms:
+            return gradient_norms(retain, forget, weight, strength=strength, **rule)
+
+        self._norms = torch.vmap(norms)
         self._pack = torch.vmap(partial(pack, objective=objective, **scaled), in_dims=(0, 0, 0, 0, 0, None))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -66,10 +70,12 @@ class StackedRuns:
         return StackedRuns, (self.runs,)
 
     @insulated
-    def update(self, lambdas: Mapping[int, float]) -> dict[int, StepTerms]:
-        """One update of each run that ``lambdas`` names by its index; the others stay as they are."""
-        for i, lambda_ in lambdas.items():
-            self.runs[i].check(lambda_)
+    def update(self, actions: Mapping[int, Action | float]) -> dict[int, StepTerms]:
+        """One update of each run that ``actions`` names by its index; the others stay as they are."""
+        chosen = {i: Action.of(action) for i, action in actions.items()}
+        for i, action in chosen.items():
+            self.runs[i].check(action)
+        lambdas = {i: action.lambda_ for i, action in chosen.items()}
         runs = [self.runs[i] for i in lambdas]
         values = torch.tensor(list(lambdas.values()), device=self.matrix.device)
         vectors = self._rows(lambdas).requires_grad_()
@@ -80,12 +86,12 @@ class StackedRuns:
             output_grads = self._output_gradients(terms)
         (retain_grad,) = torch.autograd.grad(epsilon_pred, vectors, output_grads[0], retain_graph=True)
         (forget_grad,) = torch.autograd.grad(epsilon_pred, vectors, output_grads[1])
-        norms = self._norms(retain_grad, forget_grad, terms.forget_weight)
+        norms = self._norms(retain_grad, forget_grad, terms.forget_weight, *self._strengths(chosen))
         scale = clip_factor(norms.update, self.settings.max_grad_norm)
         forget_scale = scale * norms.forget_multiplier
         update = retain_grad.mul_(scale[:, None]).addcmul_(forget_grad, forget_scale[:, None], value=-1.0)
         clip_values(update, self.settings.max_grad_value)
-        self._optimize(runs, update)
+        self._optimize(runs, update, [action.step_scale for action in chosen.values()])
         with torch.no_grad():
             packed = self._pack(draws.from_forget, terms, norms, values, self._rows(lambdas).sum(1), runs[0].grid)
         return self._unpack(lambdas, packed)
@@ -127,11 +133,25 @@ class StackedRuns:
             reason = str(error).splitlines()[0]
             raise RunError(f"torch.vmap cannot map this network ({reason}); use backend='processes'") from error
 
-    def _optimize(self, runs: list[UnlearningRun], updates: Tensor) -> None:
+    def _strengths(self, actions: Mapping[int, Action]) -> tuple[Tensor, ...]:
+        """ρ of every run ``(N,)``, the settings' where an action leaves it; nothing where all do."""
+        strengths = [action.forget_strength for action in actions.values()]
+        if all(strength is None for strength in strengths):
+            return ()
+        own = self.settings.forget_grad_norm
+        rows = [own if strength is None else float(strength) for strength in strengths]
+        return (torch.tensor(rows, device=self.matrix.device),)
+
+    def _optimize(self, runs: list[UnlearningRun], updates: Tensor, scales: list[float | None]) -> None:
         vectors: list[nn.Parameter] = [run.flat.vector for run in runs]
         for vector, update in zip(vectors, updates, strict=True):
             vector.grad = update
+        before = [None if s is None else vector.detach().clone() for s, vector in zip(scales, vectors, strict=True)]
         self.optimizer.step()
+        with torch.no_grad():
+            for vector, start, scale in zip(vectors, before, scales, strict=True):
+                if start is not None and scale is not None:  # all vectors share one learning rate
+                    vector.copy_(start + scale * (vector - start))
         for run in runs:
             run.flat.vector.grad = None
             run.updates += 1
