@@ -1,9 +1,10 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+DEVICE ?= cuda
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs benchmarks clients wheel install clean
+.PHONY: demo test lint docs benchmarks gpu clients wheel install clean
 
 demo: $(INSTALLED)  ## the main job on the shipped data: compare policies, print the table
 	$(BIN)/unlearn-gym compare --policies static:0.1 static:0.5 static:0.9 variational:pathwise variational:variance ppo \
@@ -22,6 +23,10 @@ docs: $(INSTALLED)  ## the documentation site, in build/site; warnings are error
 
 benchmarks: $(INSTALLED)  ## pytest-benchmark files, for comparing two versions on one machine
 	$(BIN)/python -m pytest tests/benchmarks/bench_*.py
+
+gpu: $(INSTALLED)  ## tests and measurements on a CUDA device; DEVICE=cpu checks the check itself
+	UNLEARN_GYM_DEVICE=$(DEVICE) $(BIN)/python -m pytest tests/test_gpu.py
+	$(BIN)/unlearn-gym bench --items 1 2 4 6 --device $(DEVICE) --out runs/gpu
 
 clients: $(INSTALLED)  ## RL Baselines3 Zoo, CleanRL, TorchRL and RLlib, each in a virtual environment of its own
 	sh tests/check_clients.sh $(BIN)/python
