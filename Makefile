@@ -10,8 +10,8 @@ demo: $(INSTALLED)  ## the main job on the shipped data: compare policies, print
 	$(BIN)/unlearn-gym compare --policies static:0.1 static:0.5 static:0.9 variational:pathwise variational:variance ppo \
 		--seeds 3 --jobs 2 --out runs/demo
 
-test: $(INSTALLED)  ## the tests, offline, in three processes of one thread: on two cores, one more than cores is fastest
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
+test: $(INSTALLED)  ## the tests, offline, in up to four processes of one thread
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check .
